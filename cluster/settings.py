@@ -1,0 +1,218 @@
+"""One typed, frozen tree of settings, read once at the edge of a process.
+
+Sources, strongest first: keyword arguments, `MMAAS_` environment (`MMAAS_GATEWAY__PORT=8000`), the YAML file named by
+`MMAAS_CONFIG` or `HOME/settings.yaml`, the defaults below. Every field is documented here and nowhere else; `docs/settings.md` is
+made from this file. An unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+from cluster.errors import SettingsError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RaySettings(_Section):
+    address: str | None = None
+    """Address of a running cluster to use (`auto` on a node of one). None: `mmaas up` starts a local one."""
+    gcs_port: int = Field(default=6379, ge=1024, le=65535)
+    """Port of the local cluster's control store, on loopback."""
+    dashboard_port: int = Field(default=8265, ge=1024, le=65535)
+    """Port of Ray's dashboard and job API, on loopback, behind the cluster's token."""
+    client_port: int = Field(default=10001, ge=0, le=65535)
+    """Port of Ray Client on loopback; 0 leaves it off."""
+    num_cpus: float | None = Field(default=None, gt=0)
+    """Logical CPUs of the local node; None: the machine's cores."""
+    object_store_bytes: int = Field(default=256 << 20, ge=80 << 20)
+    """Shared memory for Ray's object store on the local node. Tokens and batches never pass through it, so it is small."""
+
+
+class MlflowSettings(_Section):
+    tracking_uri: str | None = None
+    """URI of an MLflow server to use. None: `mmaas up` starts one on loopback with SQLite under HOME."""
+    port: int = Field(default=5000, ge=1024, le=65535)
+    """Port of the MLflow server that `mmaas up` starts."""
+
+
+class GatewaySettings(_Section):
+    port: int = Field(default=8000, ge=1024, le=65535)
+    """The one port that callers use."""
+    host: str = "127.0.0.1"
+    """Address that the gateway's port binds."""
+    replicas: int = Field(default=1, ge=1, le=64)
+    """Gateway replicas; more than one needs Postgres (SQLite has one writer)."""
+    haproxy: bool = True
+    """Put Serve's HAProxy in front (about seven times the Python proxy's throughput, docs/adr/0001-ingress.md); False: Python proxy."""
+    max_body_bytes: int = Field(default=4 << 20, ge=1024, le=1 << 30)
+    """Longest request body, counted on the bytes received."""
+    max_json_depth: int = Field(default=64, ge=4, le=512)
+    """Deepest nesting of a JSON body."""
+    max_stream_s: float = Field(default=600.0, gt=0, le=86400)
+    """Longest life of one answer. Draining and HAProxy's hard stop wait at least this long."""
+    max_ongoing: int = Field(default=512, ge=1, le=100_000)
+    """Requests that one gateway replica works on at once; more get 503 with Retry-After."""
+
+
+class EngineSettings(_Section):
+    block_size: int = Field(default=16, ge=1, le=256)
+    """Tokens in one block of the KV cache."""
+    kv_cache_bytes: int = Field(default=512 << 20, ge=1 << 16)
+    """KV cache of one replica on CPU, over all its ranks (on a GPU: what the card has left)."""
+    max_sequences: int = Field(default=64, ge=1, le=4096)
+    """Sequences that run in one step."""
+    max_batch_tokens: int = Field(default=1024, ge=16, le=1 << 20)
+    """Token budget of one step: longer prompts enter in chunks beside the running sequences."""
+    max_queued: int = Field(default=128, ge=0, le=100_000)
+    """Requests that may wait in one replica beyond the running ones; more get 503 with Retry-After."""
+    step_deadline_s: float = Field(default=30.0, gt=0)
+    """A rank that makes no progress for so long is taken for lost, and its whole group is replaced."""
+    start_deadline_s: float = Field(default=600.0, gt=0)
+    """Longest time for a group to load its model."""
+    threads: int | None = Field(default=None, ge=1)
+    """Compute threads of one rank; None: the machine's cores over the ranks on it."""
+    cpus_per_shard: float = Field(default=0.5, ge=0)
+    """Logical CPUs that one shard reserves in Ray: below one, so that serving and training fit side by side on a small machine."""
+    prefix_cache: bool = True
+    """Keep the KV blocks of finished prompts and share them with later prompts of the same tenant that start alike."""
+
+
+class TrainingSettings(_Section):
+    workers: int = Field(default=2, ge=1, le=4096)
+    """Ray Train workers of the demonstration."""
+    cpus_per_worker: float = Field(default=0.5, ge=0)
+    """Logical CPUs that one training worker reserves in Ray."""
+    max_failures: int = Field(default=3, ge=0)
+    """Times that a run resumes from its last checkpoint after losing a worker."""
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="MMAAS_", env_nested_delimiter="__", frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
+
+    home: Path = Path(".mmaas")
+    """Where all state lives: database, library, secrets, logs. Mode 0700."""
+    database_url: str | None = None
+    """SQLAlchemy URL of the platform's store; None: SQLite in HOME."""
+    log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+    """Lowest level that is logged."""
+    ray: RaySettings = RaySettings()
+    """The Ray cluster."""
+    mlflow: MlflowSettings = MlflowSettings()
+    """Experiment tracking and model registry."""
+    gateway: GatewaySettings = GatewaySettings()
+    """The HTTP entrance."""
+    engine: EngineSettings = EngineSettings()
+    """The language-model engine: defaults for every deployment."""
+    training: TrainingSettings = TrainingSettings()
+    """Training jobs."""
+
+    @pydantic.field_validator("home")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.gateway.replicas > 1 and not (self.database_url or "").startswith("postgresql"):
+            raise ValueError("gateway.replicas > 1 needs Postgres: set database_url=postgresql+psycopg://…")
+        return self
+
+    @property
+    def store_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.home / 'mmaas.db'}"
+
+    @property
+    def mlflow_uri(self) -> str:
+        return self.mlflow.tracking_uri or f"http://127.0.0.1:{self.mlflow.port}"
+
+    @property
+    def base_url(self) -> str:
+        return f"http://{self.gateway.host}:{self.gateway.port}"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file = _file(init_settings().get("home"))
+        return init_settings, env_settings, *([YamlConfigSettingsSource(settings_cls, file)] if file else [])
+
+
+def load(**overrides: Any) -> Settings:
+    """Read, merge and check every source. Raises SettingsError that names the offending keys and what to write instead."""
+    for variable in os.environ:
+        if variable.startswith("MMAAS_") and variable != "MMAAS_CONFIG":
+            _check(variable.removeprefix("MMAAS_").lower().replace("__", "."), f"environment variable {variable}")
+    if file := _file(overrides.get("home")):
+        _check_tree(_read_yaml(file), str(file))
+    _check_tree(overrides, "argument")
+    try:
+        return Settings(**overrides)
+    except pydantic.ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
+        raise SettingsError(f"settings are not valid: {problems}") from None
+
+
+def _file(home: str | Path | None) -> Path | None:
+    """The YAML file that applies, if there is one."""
+    named = os.environ.get("MMAAS_CONFIG")
+    path = Path(named) if named else Path(home or os.environ.get("MMAAS_HOME") or ".mmaas") / "settings.yaml"
+    if named and not path.is_file():
+        raise SettingsError(f"MMAAS_CONFIG names {path}, which is not a file")
+    return path if path.is_file() else None
+
+
+@cache
+def known_keys() -> frozenset[str]:
+    """Every dotted key, sections included."""
+    return frozenset(_walk(Settings, ""))
+
+
+def _walk(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _walk(field.annotation, f"{prefix}{name}.")
+
+
+def _check_tree(tree: Mapping[str, Any], origin: str, prefix: str = "") -> None:
+    for key, value in tree.items():
+        _check(f"{prefix}{key}", origin)
+        if isinstance(value, Mapping):
+            _check_tree(value, origin, f"{prefix}{key}.")
+
+
+def _check(dotted: str, origin: str) -> None:
+    if dotted not in known_keys():
+        near = difflib.get_close_matches(dotted, sorted(known_keys()), n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else "docs/settings.md lists all of them"
+        raise SettingsError(f"{origin}: {dotted!r} is not a setting; {hint}", param=dotted)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path} can't be read as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise SettingsError(f"{path}: the top level must be a mapping of settings")
+    return tree

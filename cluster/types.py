@@ -1,0 +1,156 @@
+"""The vocabulary: frozen messages that cross processes. Nothing here does any work.
+
+A call enters as `Generate`, travels to one replica and comes back as a stream of `Chunk`s. Everything is plain data, so that it
+can be pickled to a Ray actor, compared in a test and read in a log.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+NAME = re.compile(r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?$")
+"""Names of models and deployments: lower case, digits, `.`, `_` and `-`, at most 63 characters, never a path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who is calling. The tenant comes from the key alone, never from a request."""
+
+    tenant: str
+    key_id: str
+    scopes: frozenset[str]
+
+    def can(self, scope: str) -> bool:
+        return scope in self.scopes
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A registered model: `models:/NAME/VERSION` or `models:/NAME@ALIAS` (MLflow's own notation)."""
+
+    name: str
+    version: int | None = None
+    alias: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ModelRef:
+        """Raises ValueError for anything but the two forms."""
+        match = re.fullmatch(r"models:/([^/@]+)(?:/(\d{1,9})|@([a-z0-9_-]{1,64}))", text)
+        if match is None or NAME.match(match[1]) is None:
+            raise ValueError(f"{text!r} is not a model reference; write models:/NAME/VERSION or models:/NAME@ALIAS")
+        return cls(match[1], int(match[2]) if match[2] else None, match[3])
+
+    def __str__(self) -> str:
+        return f"models:/{self.name}/{self.version}" if self.version is not None else f"models:/{self.name}@{self.alias}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. Defaults are those of the OpenAI API, except that `max_tokens=None` means up to the context window."""
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0  # 0: no limit
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely ones'
+    n: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    content: str
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """One call to a language model: either `messages` (rendered by the model's chat template), `prompt` text or `prompt_ids`."""
+
+    request_id: str
+    tenant: str
+    messages: tuple[Message, ...] = ()
+    prompt: str | None = None
+    prompt_ids: tuple[int, ...] | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """A token that could have been chosen. `bytes` keeps what text can't hold: a token may be half of a character."""
+
+    token: str
+    bytes: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The chosen token with the most likely ones at its place, best first."""
+
+    token: str
+    bytes: bytes
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """News of one of the `n` choices: text since the last delta (may be empty), and the finish reason with the last one."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one call: the prompt once, the output over all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One item of an answer's stream. The first comes as soon as the first token; the last carries `usage`."""
+
+    deltas: tuple[Delta, ...]
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """Desired state of one served model (a row of the store)."""
+
+    name: str
+    model: str  # models:/NAME@ALIAS, or a directory that `mmaas up --model` was given
+    tp: int = 1
+    dtype: str = "float32"
+    min_replicas: int = 1
+    max_replicas: int = 1
+    max_model_len: int | None = None
+    created_at: float = 0.0  # seconds since the epoch
