@@ -86,6 +86,8 @@ class EngineSettings(_Section):
     """Compute threads of one rank; None: the machine's cores over the ranks on it."""
     cpus_per_shard: float = Field(default=0.5, ge=0)
     """Logical CPUs that one shard reserves in Ray: below one, so that serving and training fit side by side on a small machine."""
+    shared_memory: bool = True
+    """Let the ranks of one host reduce through shared memory (DeepSpeed's kernel, compiled on first use) instead of gloo."""
     prefix_cache: bool = True
     """Keep the KV blocks of finished prompts and share them with later prompts of the same tenant that start alike."""
 

@@ -1,0 +1,58 @@
+"""One step's work, as every rank receives it: a few small integer arrays that pack into one.
+
+Decoders (one token each) come first. Everything else a rank needs (positions, slots, masks) follows from these numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from deployments.engine.scheduler import Slice
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """S sequences with T new tokens in all; `tables` is padded with block 0 to W blocks."""
+
+    tokens: Ints  # T
+    starts: Ints  # S: tokens of the sequence that are in the cache already
+    counts: Ints  # S: its new tokens
+    sampled: Ints  # the sequences whose last token's logits are wanted
+    tables: Ints  # S x W
+
+    @classmethod
+    def of(cls, slices: Items[Slice]) -> Batch:
+        width = max(len(item.sequence.blocks) for item in slices)
+        tables = np.zeros((len(slices), width), np.int32)
+        tokens: list[int] = []
+        for row, item in enumerate(slices):
+            blocks = item.sequence.blocks
+            tables[row, : len(blocks)] = blocks
+            tokens += item.sequence.tokens[item.start : item.start + item.count]
+        return cls(
+            np.array(tokens, np.int32),
+            np.array([item.start for item in slices], np.int32),
+            np.array([item.count for item in slices], np.int32),
+            np.array([row for row, item in enumerate(slices) if item.samples], np.int32),
+            tables,
+        )
+
+    def pack(self) -> Ints:
+        """One array: the four lengths, then the arrays one after the other."""
+        lengths = np.array([len(self.tokens), len(self.starts), len(self.sampled), self.tables.shape[1]], np.int32)
+        return np.concatenate([lengths, self.tokens, self.starts, self.counts, self.sampled, self.tables.ravel()])
+
+    @classmethod
+    def unpack(cls, packed: Ints) -> Batch:
+        num_tokens, num_sequences, num_sampled, width = packed[:4].tolist()
+        ends = np.cumsum([4, num_tokens, num_sequences, num_sequences, num_sampled, num_sequences * width])
+        tokens, starts, counts, sampled, tables = (packed[a:b] for a, b in zip(ends, ends[1:], strict=False))
+        return cls(tokens, starts, counts, sampled, tables.reshape(num_sequences, width))

@@ -1,0 +1,201 @@
+"""The loop's body on rank 0: schedule, run, sample, deliver. No thread, no socket, no text; one call of `step` is one step.
+
+`execute` takes a Batch and returns the logits of its sampled rows; it is the only door to the model, so that a test can put
+anything behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from cluster.settings import EngineSettings
+from cluster.types import FinishReason, Sampling
+from deployments.engine.batch import Batch
+from deployments.engine.blocks import BlockPool
+from deployments.engine.scheduler import Scheduler
+from deployments.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Execute = Callable[[Batch], "Tensor"]
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One prompt with `sampling.n` answers wanted. The caller has checked that prompt and output fit the context window."""
+
+    id: int
+    prompt: list[int]
+    sampling: Sampling
+    max_tokens: int
+    stop_ids: list[int]
+    seed: int
+    salt: bytes = b""
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True):
+    """One sampled token of one choice. `cached` counts prompt tokens that the prefix cache gave, with the first token."""
+
+    request_id: int
+    index: int
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    finish_reason: FinishReason | None = None
+    cached: int = 0
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """Counters since the start and gauges of now. Times in seconds."""
+
+    steps: int = 0
+    running: int = 0
+    waiting: int = 0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    aborted: int = 0
+    busy_s: float = 0.0
+    model_s: float = 0.0  # of busy_s, the time inside the model
+
+
+@dataclass(slots=True)
+class _Counts:
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    aborted: int = 0
+    busy_s: float = 0.0
+    model_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Engine:
+    """Owns the scheduler and every request in it."""
+
+    execute: Execute
+    scheduler: Scheduler
+    _requests: dict[int, list[Sequence]] = field(default_factory=dict)  # the unfinished choices of each request
+    _counts: _Counts = field(default_factory=_Counts)
+
+    @classmethod
+    def of(cls, execute: Execute, num_blocks: int, settings: EngineSettings) -> Engine:
+        scheduler = Scheduler(
+            BlockPool(num_blocks, settings.block_size),
+            max_sequences=settings.max_sequences,
+            max_batch_tokens=settings.max_batch_tokens,
+            prefix_cache=settings.prefix_cache,
+        )
+        return cls(execute, scheduler)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        leader: Sequence | None = None
+        sequences = self._requests[request.id] = []
+        for index in range(request.sampling.n):
+            sequence = Sequence(
+                request_id=request.id,
+                index=index,
+                tokens=list(request.prompt),
+                num_prompt=len(request.prompt),
+                sampling=request.sampling,
+                max_tokens=request.max_tokens,
+                stop_ids=frozenset(request.stop_ids),
+                seed=choice_seed(request.seed, index),
+                salt=request.salt,
+                leader=leader,
+            )
+            leader = leader or sequence
+            sequences.append(sequence)
+            self.scheduler.add(sequence)
+
+    def abort(self, request_id: int, index: int | None = None) -> None:
+        """Stop one choice of a request, or all. Its blocks are free when this returns; unknown requests are long finished."""
+        for sequence in tuple(self._requests.get(request_id, ())):
+            if index is None or sequence.index == index:
+                self._counts.aborted += 1
+                self._finish(sequence)
+
+    def step(self) -> list[Output]:
+        """Compute one step and return its tokens, at most one for each running sequence."""
+        began = time.perf_counter()
+        slices = self.scheduler.schedule()
+        if not slices:
+            return []
+        batch = Batch.of(slices)
+        model_began = time.perf_counter()
+        logits = self.execute(batch)
+        self._counts.model_s += time.perf_counter() - model_began
+        self.scheduler.commit(slices)
+        outputs = self._deliver([slices[row].sequence for row in batch.sampled], logits)
+        self._counts.steps += 1
+        self._counts.busy_s += time.perf_counter() - began
+        return outputs
+
+    def stats(self) -> Stats:
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            preemptions=scheduler.num_preemptions,
+            blocks_total=pool.num_blocks,
+            blocks_used=pool.num_used,
+            blocks_cached=pool.num_cached,
+            **asdict(self._counts),
+        )
+
+    def _deliver(self, sequences: list[Sequence], logits: Tensor) -> list[Output]:
+        if not sequences:
+            return []
+        from deployments.engine.sampler import sample
+
+        outputs = []
+        for sequence, sampled in zip(sequences, sample(logits, sequences), strict=True):
+            first = sequence.num_output == 0
+            sequence.append(sampled.token)
+            cached = sequence.num_cached if first else 0
+            outputs.append(
+                Output(
+                    sequence.request_id,
+                    sequence.index,
+                    sampled.token,
+                    sampled.logprob,
+                    sampled.top,
+                    sequence.finish_reason,
+                    cached,
+                )
+            )
+            self._counts.output_tokens += 1
+            if first:
+                self._counts.prompt_tokens += sequence.num_prompt
+                self._counts.cached_tokens += cached
+            if sequence.finish_reason:
+                self._finish(sequence)
+        return outputs
+
+    def _finish(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        sequences = self._requests[sequence.request_id]
+        sequences.remove(sequence)
+        if not sequences:
+            del self._requests[sequence.request_id]
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """64 bits for choice `index` of a request, so that the choices of one seed differ and are always the same."""
+    digest = hashlib.blake2b(seed.to_bytes(9, "little", signed=True) + index.to_bytes(4, "little"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

@@ -1,0 +1,36 @@
+"""Rank 0's loop: take commands, step, deliver; when idle, ping every rank. It ends when the replica hangs up."""
+
+from __future__ import annotations
+
+import time
+
+from deployments.engine.channel import Abort, Add, Beat, LeaderEnd, Tokens
+from deployments.engine.engine import Engine
+from deployments.engine.shard import Shard
+
+BEAT_S = 1.0
+
+
+def lead(shard: Shard, path: str) -> None:
+    """Serve the replica that listens at `path`. Raises what breaks the group; returns when the replica is gone."""
+    engine = Engine.of(shard.execute, shard.spec.num_blocks, shard.spec.settings)
+    wire = LeaderEnd(path)
+    wire.send(Beat(engine.stats()))
+    last_beat = time.monotonic()
+    while (commands := wire.take(0.0 if engine.has_work else BEAT_S)) is not None:
+        for command in commands:
+            match command:
+                case Add(request):
+                    engine.add(request)
+                case Abort(request_id, index):
+                    engine.abort(request_id, index)
+        if engine.has_work:
+            if outputs := engine.step():
+                wire.send(Tokens(outputs))
+        elif not commands:
+            shard.ping()
+            engine.scheduler.check_integrity()
+        if commands or time.monotonic() - last_beat >= BEAT_S:
+            wire.send(Beat(engine.stats()))
+            last_beat = time.monotonic()
+    shard.stop()

@@ -1,0 +1,135 @@
+"""The engine without Ray or Serve: rank 0 in this process, the others in children. For tests, benchmarks and offline use."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from cluster.settings import EngineSettings
+from cluster.types import FinishReason, Sampling
+from deployments.engine.checkpoint import inspect
+from deployments.engine.engine import Engine, Output, Request
+from deployments.engine.group import Rendezvous
+from deployments.engine.shard import Shard, ShardSpec, num_blocks
+
+
+@dataclass(slots=True)
+class Generation:
+    """One finished answer; times are seconds since `generate` was called."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    first_token_s: float = 0.0
+    finished_s: float = 0.0
+
+
+class LocalEngine:
+    """A model on `tp` ranks of this machine, held until `close`."""
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        tp: int = 1,
+        dtype: str = "float32",
+        settings: EngineSettings | None = None,
+        blocks: int | None = None,
+    ) -> None:
+        settings = settings or EngineSettings()
+        info = inspect(Path(directory), tp=tp, dtype=dtype)
+        self._meeting: tempfile.TemporaryDirectory[str] | None = tempfile.TemporaryDirectory(prefix="mmaas-")
+        spec = ShardSpec(
+            directory=Path(directory),
+            model=info,
+            dtype=dtype,
+            num_blocks=blocks or num_blocks(info, dtype, settings),
+            threads=settings.threads or max(1, (os.cpu_count() or 1) // tp),
+            settings=settings,
+            rendezvous=Rendezvous(f"file://{self._meeting.name}/{Path(self._meeting.name).name}", 0, tp, settings.start_deadline_s),
+        )
+        spawn = multiprocessing.get_context("spawn")
+        self._followers = [spawn.Process(target=follow, args=(spec.for_rank(rank),), daemon=True) for rank in range(1, tp)]
+        for follower in self._followers:
+            follower.start()
+        self._lead(spec)
+
+    @classmethod
+    def leading(cls, spec: ShardSpec) -> LocalEngine:
+        """Around rank 0 only; whoever calls runs `follow` in the other ranks' processes."""
+        engine = cls.__new__(cls)
+        engine._meeting, engine._followers = None, []
+        engine._lead(spec)
+        return engine
+
+    def _lead(self, spec: ShardSpec) -> None:
+        self.shard = Shard(spec)
+        self.engine = Engine.of(self.shard.execute, spec.num_blocks, spec.settings)
+        self.info = spec.model
+
+    def generate(
+        self, prompts: Items[list[int]], sampling: Sampling | Items[Sampling], *, concurrency: int | None = None
+    ) -> list[Generation]:
+        """Answer every prompt (its first choice), at most `concurrency` at a time. Results are in the order of the prompts."""
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        results = [Generation() for _ in prompts]
+        waiting = deque(range(len(prompts)))
+        began, running = time.perf_counter(), 0
+        while waiting or running:
+            while waiting and running < (concurrency or len(prompts)):
+                number = waiting.popleft()
+                self.engine.add(self._request(number, prompts[number], samplings[number]))
+                running += 1
+            for output in self.engine.step():
+                self._take(results[output.request_id], output, time.perf_counter() - began)
+                running -= output.finish_reason is not None
+        return results
+
+    def close(self) -> None:
+        """End the other ranks."""
+        self.shard.stop()
+        for follower in self._followers:
+            follower.join(10)
+            follower.kill()
+        self._followers.clear()
+        if self._meeting:
+            self._meeting.cleanup()
+            self._meeting = None
+
+    def __enter__(self) -> LocalEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _request(self, number: int, prompt: list[int], sampling: Sampling) -> Request:
+        room = self.info.max_model_len - len(prompt)
+        return Request(
+            id=number,
+            prompt=prompt,
+            sampling=sampling,
+            max_tokens=min(sampling.max_tokens or room, room),
+            stop_ids=list(sampling.stop_token_ids),
+            seed=sampling.seed or 0,
+        )
+
+    @staticmethod
+    def _take(result: Generation, output: Output, now: float) -> None:
+        result.first_token_s = result.first_token_s or now
+        result.token_ids.append(output.token)
+        if output.logprob is not None:
+            result.logprobs.append(output.logprob)
+        if output.finish_reason:
+            result.finish_reason, result.finished_s = output.finish_reason, now
+
+
+def follow(spec: ShardSpec) -> None:
+    """A rank above 0, until the leader stops."""
+    Shard(spec).follow()

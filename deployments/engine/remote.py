@@ -1,0 +1,117 @@
+"""An engine in another process, as the replica's event loop sees it: requests in, lists of outputs out, and a clock of progress."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from cluster.errors import ReplicaLost
+from deployments.engine.channel import Abort, Add, Beat, Command, Tokens, frame, read_report
+from deployments.engine.engine import Output, Request, Stats
+
+
+class RemoteEngine:
+    """Listens at `path` for rank 0. Everything runs on one event loop."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stats = Stats()
+        self.lost: str | None = None  # why, once the group is gone
+        self._ids = itertools.count(1)
+        self._streams: dict[int, asyncio.Queue[list[Output] | ReplicaLost]] = {}
+        self._connected = asyncio.Event()
+        self._writer: asyncio.StreamWriter | None = None
+        self._progress_at = time.monotonic()
+
+    async def listen(self) -> None:
+        self._server = await asyncio.start_unix_server(self._serve, self.path)
+        self.path.chmod(0o600)
+
+    async def connected(self) -> None:
+        """Wait for rank 0's first word."""
+        await self._connected.wait()
+
+    @property
+    def num_streams(self) -> int:
+        return len(self._streams)
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds since every rank last proved that it advances."""
+        return time.monotonic() - self._progress_at
+
+    def next_id(self) -> int:
+        return next(self._ids)
+
+    async def generate(self, request: Request) -> AsyncIterator[list[Output]]:
+        """The request's outputs as they come, all that have come at once. Leaving early aborts what is unfinished.
+
+        Raises ReplicaLost when the group dies.
+        """
+        if self.lost:
+            raise ReplicaLost(self.lost, retry_after_s=5)
+        stream = self._streams[request.id] = asyncio.Queue()
+        self._send(Add(request))
+        unfinished = set(range(request.sampling.n))
+        try:
+            while unfinished:
+                outputs = await self._next(stream)
+                unfinished -= {output.index for output in outputs if output.finish_reason}
+                yield outputs
+        finally:
+            del self._streams[request.id]
+            if unfinished:
+                self._send(Abort(request.id))
+
+    def abort(self, request_id: int, index: int) -> None:
+        """Stop one choice: its text has met a stop string. No more outputs of it are wanted."""
+        self._send(Abort(request_id, index))
+
+    def fail(self, reason: str) -> None:
+        """The group is gone: every stream ends with an error, and no new one starts."""
+        if self.lost is None:
+            self.lost = reason
+            for stream in self._streams.values():
+                stream.put_nowait(ReplicaLost(reason, retry_after_s=5))
+
+    async def _next(self, stream: asyncio.Queue[list[Output] | ReplicaLost]) -> list[Output]:
+        outputs: list[Output] = []
+        item = await stream.get()
+        while True:
+            if isinstance(item, ReplicaLost):
+                raise item
+            outputs += item
+            if stream.empty():
+                return outputs
+            item = stream.get_nowait()
+
+    def _send(self, command: Command) -> None:
+        if self._writer and not self.lost:
+            self._writer.write(frame(command))
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                report = await read_report(reader)
+                self._progress_at = time.monotonic()
+                match report:
+                    case Tokens(outputs):
+                        self._deliver(outputs)
+                    case Beat(stats):
+                        self.stats = stats
+                        self._connected.set()
+        self.fail("rank 0 of the shard group ended")
+        writer.close()
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        by_request: dict[int, list[Output]] = {}
+        for output in outputs:
+            by_request.setdefault(output.request_id, []).append(output)
+        for request_id, items in by_request.items():
+            if stream := self._streams.get(request_id):  # aborted ones have no stream any more
+                stream.put_nowait(items)

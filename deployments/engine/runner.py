@@ -1,0 +1,100 @@
+"""One rank's model: takes a `Batch`, runs it, returns logits. Knows nothing of requests, sampling or other ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cluster.errors import ModelNotServable
+from deployments.engine import attention
+from deployments.engine.attention import KvCache, Paged, batch_positions
+from deployments.engine.batch import Batch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+"""Largest difference of two ways to the same logits, relative to the largest logit. A wrong mask or position is far beyond."""
+
+
+def load_model(directory: Path, dtype: str) -> nn.Module:
+    """The whole model on this rank, from safetensors alone: no pickle, no remote code, no network.
+
+    The directory has passed `checkpoint.inspect`. Raises ModelNotServable when weights are missing or have other shapes.
+    """
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention.NAME,
+            use_safetensors=True,
+            weights_only=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (KeyError, ValueError) as error:
+        raise ModelNotServable(f"{directory.name}: transformers can't build this model with paged attention: {error!r}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelNotServable(f"{directory.name}: the weights lack {', '.join(missing[:5])} ({len(missing)} tensors in all)")
+    return model.eval()  # type: ignore[no-any-return]
+
+
+class Runner:
+    """Owns the model and its KV cache."""
+
+    def __init__(self, model: nn.Module, cache: KvCache) -> None:
+        self.model = model
+        self.cache = cache
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Tensor:
+        """`R x V` logits, one row for each of `batch.sampled`."""
+        last = np.cumsum(batch.counts) - 1
+        output = self.model(
+            input_ids=torch.from_numpy(batch.tokens.astype(np.int64))[None],
+            position_ids=torch.from_numpy(batch_positions(batch))[None],
+            use_cache=False,
+            logits_to_keep=torch.from_numpy(last[batch.sampled]),
+            paged=Paged.of(batch, self.cache),
+        )
+        return output.logits[0]  # type: ignore[no-any-return]
+
+    def check(self) -> None:
+        """Prove that this model can be paged: two sequences that grow in one batch must get the logits that one has alone.
+
+        Also allocates the cache. Raises ModelNotServable for a model that builds its own masks, counts positions by itself or
+        doesn't ask transformers' attention interface.
+        """
+        alone = _probe([1, 2, 3, 4], start=0, table=[0]), _probe([5, 6, 7], start=0, table=[1])
+        parts = _probe([1, 2, 3], start=0, table=[2]), _probe([5, 6], start=0, table=[3])
+        ends = _probe([4], start=3, table=[2]), _probe([7], start=2, table=[3])
+        try:
+            whole = torch.cat([self.run(batch) for batch in alone])
+            self.run(_merge(parts))
+            paged = self.run(_merge(ends))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ModelNotServable(f"{self._name} doesn't use transformers' attention interface: {error!r}") from error
+        error = float((whole - paged).abs().max() / whole.abs().max().clamp_min(1e-6))
+        if not error < TOLERANCE[whole.dtype]:
+            raise ModelNotServable(f"{self._name} gives other logits when its cache is paged (relative error {error:.2g})")
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+
+def _probe(tokens: list[int], *, start: int, table: list[int]) -> Batch:
+    ints = (np.array(values, np.int32) for values in (tokens, [start], [len(tokens)], [0], [table]))
+    return Batch(*ints)
+
+
+def _merge(batches: tuple[Batch, Batch]) -> Batch:
+    names = ("tokens", "starts", "counts")
+    joined = [np.concatenate([getattr(batch, name) for batch in batches]) for name in names]
+    return Batch(*joined, np.arange(2, dtype=np.int32), np.concatenate([batch.tables for batch in batches]))

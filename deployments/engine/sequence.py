@@ -1,0 +1,54 @@
+"""One sequence of tokens on its way through the engine: all state that belongs to it, and nothing else's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.types import FinishReason, Sampling
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`tokens` = prompt + output. The KV cache holds the first `num_computed` of them, in `blocks` in order.
+
+        |<- num_prompt ->|<- output ->|
+        |<- num_computed ->|<- pending ->|
+    """
+
+    request_id: int
+    index: int  # which of the request's n choices
+    tokens: list[int]
+    num_prompt: int
+    sampling: Sampling
+    max_tokens: int  # length of the output at most
+    stop_ids: frozenset[int]
+    seed: int
+    salt: bytes = b""
+    leader: Sequence | None = None  # the first choice of the same request: computes the prompt that the others share
+    num_computed: int = 0
+    num_cached: int = 0  # prompt tokens that were found in the prefix cache
+    blocks: list[int] = field(default_factory=list)
+    num_sealed: int = 0  # blocks whose content the pool knows
+    digests: list[bytes] = field(default_factory=list)  # of the full blocks' tokens, as far as known
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether part of the prompt is still to be computed."""
+        return self.num_computed < self.num_prompt
+
+    def append(self, token: int) -> None:
+        """Take a sampled token and notice whether it is the last. Stop strings are the detokeniser's business."""
+        self.tokens.append(token)
+        if token in self.stop_ids and self.num_output > self.sampling.min_tokens:
+            self.finish_reason = "stop"
+        elif self.num_output >= self.max_tokens:
+            self.finish_reason = "length"

@@ -1,0 +1,69 @@
+"""Tiny models with random weights, one for each architecture that the engine is tested with, and what transformers says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 128,  # DeepSpeed deals out columns by 64
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+NEOX = {key: value for key, value in SHAPE.items() if key not in ("num_key_value_heads", "head_dim")}
+MINIMAL = {key: value for key, value in NEOX.items() if key != "intermediate_size"}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": SHAPE,
+    "qwen2": SHAPE,
+    "qwen3": SHAPE,
+    "mistral": SHAPE | {"sliding_window": 8},
+    "gemma2": SHAPE | {"sliding_window": 8, "query_pre_attn_scalar": 8},
+    "phi3": SHAPE,
+    "gpt_neox": NEOX,
+    "opt": MINIMAL | {"ffn_dim": 128, "word_embed_proj_dim": 32},
+    "bloom": MINIMAL,  # not servable: positions come from its attention mask
+    "falcon": MINIMAL,  # not servable: looks its attention up in a table of its own
+}
+
+
+
+def build(family: str, directory: Path, *, seed: int = 0) -> Path:
+    """A model directory with weights large enough that every token depends on the whole context."""
+    import tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family])).float()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    if model.config.tie_word_embeddings:  # else a token's own embedding wins over everything that the layers say
+        torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.05)
+    model.save_pretrained(directory)
+    words = {f"w{number}": number for number in range(64)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(directory)
+    return directory
+
+
+def reference(directory: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """What `transformers.generate` answers greedily in float32, one prompt at a time."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    answers = []
+    for prompt in prompts:
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=num_tokens, do_sample=False)
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers

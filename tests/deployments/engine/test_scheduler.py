@@ -1,0 +1,240 @@
+"""The scheduler against a brute-force picture of what it may do: hypothesis drives arrivals, steps, aborts and preemption."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from cluster.types import Sampling
+from deployments.engine.blocks import BlockPool
+from deployments.engine.scheduler import Scheduler, Slice
+from deployments.engine.sequence import Sequence
+
+
+def make_sequence(prompt: list[int], max_tokens: int, *, leader: Sequence | None = None, salt: bytes = b"") -> Sequence:
+    return Sequence(
+        request_id=0,
+        index=0,
+        tokens=list(prompt),
+        num_prompt=len(prompt),
+        sampling=Sampling(),
+        max_tokens=max_tokens,
+        stop_ids=frozenset(),
+        seed=0,
+        salt=salt,
+        leader=leader,
+    )
+
+
+def make_scheduler(num_blocks: int = 16, block_size: int = 4, **options: int | bool) -> Scheduler:
+    options = {"max_sequences": 8, "max_batch_tokens": 32} | options
+    return Scheduler(BlockPool(num_blocks, block_size), **options)  # type: ignore[arg-type]
+
+
+def advance(scheduler: Scheduler, token: int = 7) -> list[Slice]:
+    """One step of an engine whose model always says `token`."""
+    slices = scheduler.schedule()
+    scheduler.commit(slices)
+    for item in slices:
+        if item.start + item.count == len(item.sequence.tokens):
+            item.sequence.append(token)
+            if item.sequence.finish_reason:
+                scheduler.finish(item.sequence)
+    return slices
+
+
+def run(scheduler: Scheduler, limit: int = 10_000) -> int:
+    steps = 0
+    while scheduler.has_work:
+        assert advance(scheduler), "work is waiting and nothing was scheduled"
+        scheduler.check_integrity()
+        steps += 1
+        assert steps < limit, "a sequence starves"
+    return steps
+
+
+def test_whole_prompt_enters_in_one_step_when_the_budget_allows() -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence([1] * 10, 3)
+    scheduler.add(sequence)
+    assert [(item.start, item.count, item.samples) for item in scheduler.schedule()] == [(0, 10, True)]
+
+
+def test_long_prompt_enters_in_chunks_beside_a_decoder() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_batch_tokens=16)
+    first = make_sequence([1] * 4, 50)
+    scheduler.add(first)
+    advance(scheduler)
+    scheduler.add(make_sequence([2] * 40, 1))
+    chunks = [advance(scheduler) for _ in range(3)]
+    assert all(step[0].sequence is first and step[0].count == 1 for step in chunks), "the decoder waits for nobody"
+    assert [step[1].count for step in chunks] == [15, 15, 10]
+
+
+def test_preempts_the_newest_when_blocks_run_out() -> None:
+    scheduler = make_scheduler(num_blocks=4, block_size=4, prefix_cache=False)
+    old, new = make_sequence([1] * 7, 9), make_sequence([2] * 7, 9)
+    scheduler.add(old)
+    scheduler.add(new)
+    while not scheduler.num_preemptions:
+        advance(scheduler)
+    assert scheduler.running == [old]
+    assert list(scheduler.waiting) == [new]
+    run(scheduler)
+    assert old.num_output == new.num_output == 9
+
+
+def test_preempted_sequence_keeps_its_tokens_and_recomputes_them() -> None:
+    scheduler = make_scheduler(num_blocks=4, block_size=4, prefix_cache=False)
+    old, new = make_sequence([1] * 7, 9), make_sequence([2] * 7, 9)
+    scheduler.add(old)
+    scheduler.add(new)
+    while not scheduler.num_preemptions:
+        advance(scheduler)
+    before = list(new.tokens)
+    assert new.num_computed == 0
+    assert new.num_output > 0
+    run(scheduler)
+    assert new.tokens[: len(before)] == before
+
+
+def test_same_prefix_is_computed_once() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence(list(range(12)), 1))
+    run(scheduler)
+    again = make_sequence(list(range(12)), 1)
+    scheduler.add(again)
+    [item] = scheduler.schedule()
+    assert (item.start, item.count) == (8, 4), "two of three blocks are shared; the last token must be computed"
+    assert again.num_cached == 8
+
+
+def test_prefix_of_another_salt_is_not_shared() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence(list(range(12)), 1, salt=b"a"))
+    run(scheduler)
+    scheduler.add(make_sequence(list(range(12)), 1, salt=b"b"))
+    [item] = scheduler.schedule()
+    assert (item.start, item.count) == (0, 12)
+
+
+def test_choices_of_one_request_share_the_prompt() -> None:
+    scheduler = make_scheduler(num_blocks=64)
+    leader = make_sequence(list(range(17)), 2)
+    others = [make_sequence(list(range(17)), 2, leader=leader) for _ in range(3)]
+    for sequence in (leader, *others):
+        scheduler.add(sequence)
+    assert [item.sequence for item in advance(scheduler)] == [leader]
+    assert [item.count for item in advance(scheduler)] == [1, 1, 1, 1]
+
+
+def test_choices_run_even_when_their_leader_was_aborted() -> None:
+    scheduler = make_scheduler()
+    leader = make_sequence(list(range(9)), 2)
+    follower = make_sequence(list(range(9)), 2, leader=leader)
+    scheduler.add(leader)
+    scheduler.add(follower)
+    scheduler.schedule()
+    scheduler.finish(leader)
+    run(scheduler)
+    assert follower.num_output == 2
+
+
+def test_finishing_twice_frees_once() -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence([1] * 9, 4)
+    scheduler.add(sequence)
+    advance(scheduler)
+    scheduler.finish(sequence)
+    scheduler.finish(sequence)
+    scheduler.check_integrity()
+    assert scheduler.pool.num_used == 0
+
+
+def test_sequence_longer_than_the_cache_does_not_fit() -> None:
+    scheduler = make_scheduler(num_blocks=4, block_size=4)
+    assert scheduler.fits(16)
+    assert not scheduler.fits(17)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_everything_finishes_in_arrival_order_of_first_tokens_without_preemption(seed: int) -> None:
+    rng = random.Random(seed)
+    scheduler = make_scheduler(num_blocks=1000)
+    sequences = [make_sequence([rng.randrange(50) for _ in range(rng.randint(1, 60))], rng.randint(1, 8)) for _ in range(40)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    first: list[Sequence] = []
+    while scheduler.has_work:
+        advance(scheduler)
+        first += [s for s in sequences if s.num_output and s not in first]
+    assert first == sequences
+    assert scheduler.num_preemptions == 0
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random arrivals, steps and aborts over a pool that is too small: nothing starves, nothing leaks, decoders never wait in vain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = make_scheduler(num_blocks=6, block_size=2, max_sequences=4, max_batch_tokens=6)
+        self.alive: list[Sequence] = []
+        self.expected: dict[int, list[int]] = {}
+
+    @rule(prompt=st.lists(st.integers(0, 2), min_size=1, max_size=8), max_tokens=st.integers(1, 4), choices=st.integers(1, 3))
+    def arrive(self, prompt: list[int], max_tokens: int, choices: int) -> None:
+        leader = None
+        for _ in range(choices):
+            sequence = make_sequence(prompt, max_tokens, leader=leader)
+            leader = leader or sequence
+            self.scheduler.add(sequence)
+            self.alive.append(sequence)
+            self.expected[id(sequence)] = list(prompt)
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(self.alive))
+        self.alive.remove(sequence)
+        self.scheduler.finish(sequence)
+        assert not sequence.blocks
+
+    @precondition(lambda self: self.alive)
+    @rule(token=st.integers(0, 2))
+    def step(self, token: int) -> None:
+        oldest = self.scheduler.running[0] if self.scheduler.running else None
+        slices = self.scheduler.schedule()
+        assert slices
+        assert sum(item.count for item in slices) <= self.scheduler.max_batch_tokens
+        assert len({id(item.sequence) for item in slices}) == len(slices)
+        assert oldest is None or oldest in [item.sequence for item in slices], "the oldest always advances"
+        assert all(len(item.sequence.blocks) * 2 >= item.start + item.count for item in slices), "no block for a scheduled token"
+        self.scheduler.commit(slices)
+        for item in slices:
+            if item.start + item.count == len(item.sequence.tokens):
+                item.sequence.append(token)
+                self.expected[id(item.sequence)].append(token)
+                if item.sequence.finish_reason:
+                    self.scheduler.finish(item.sequence)
+                    self.alive.remove(item.sequence)
+
+    @invariant()
+    def sound(self) -> None:
+        self.scheduler.check_integrity()
+        pool = self.scheduler.pool
+        assert pool.num_used + pool.num_free + pool.num_cached == pool.num_blocks
+        assert all(sequence.tokens == self.expected[id(sequence)] for sequence in self.alive)
+        assert {id(s) for s in self.alive} == {id(s) for s in [*self.scheduler.waiting, *self.scheduler.running]}
+
+    def teardown(self) -> None:
+        bound = sum(len(s.tokens) + s.max_tokens for s in self.alive) * 20 + 10
+        run(self.scheduler, limit=bound)
+        assert self.scheduler.pool.num_used == 0
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
