@@ -7,11 +7,18 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ReplicaLost
 from deployments.engine.channel import Abort, Add, Beat, Command, Tokens, frame, read_report
 from deployments.engine.engine import Output, Request, Stats
+
+
+@dataclass(slots=True)
+class _Stream:
+    queue: asyncio.Queue[list[Output] | ReplicaLost]
+    unfinished: set[int]  # choices
 
 
 class RemoteEngine:
@@ -22,7 +29,7 @@ class RemoteEngine:
         self.stats = Stats()
         self.lost: str | None = None  # why, once the group is gone
         self._ids = itertools.count(1)
-        self._streams: dict[int, asyncio.Queue[list[Output] | ReplicaLost]] = {}
+        self._streams: dict[int, _Stream] = {}
         self._connected = asyncio.Event()
         self._writer: asyncio.StreamWriter | None = None
         self._progress_at = time.monotonic()
@@ -54,21 +61,21 @@ class RemoteEngine:
         """
         if self.lost:
             raise ReplicaLost(self.lost, retry_after_s=5)
-        stream = self._streams[request.id] = asyncio.Queue()
+        stream = self._streams[request.id] = _Stream(asyncio.Queue(), set(range(request.sampling.n)))
         self._send(Add(request))
-        unfinished = set(range(request.sampling.n))
         try:
-            while unfinished:
-                outputs = await self._next(stream)
-                unfinished -= {output.index for output in outputs if output.finish_reason}
+            while stream.unfinished:
+                outputs = [output for output in await _all(stream.queue) if output.index in stream.unfinished]
+                stream.unfinished -= {output.index for output in outputs if output.finish_reason}
                 yield outputs
         finally:
             del self._streams[request.id]
-            if unfinished:
+            if stream.unfinished:
                 self._send(Abort(request.id))
 
     def abort(self, request_id: int, index: int) -> None:
-        """Stop one choice: its text has met a stop string. No more outputs of it are wanted."""
+        """Stop one choice, whose text has met a stop string. No more outputs of it come."""
+        self._streams[request_id].unfinished.discard(index)
         self._send(Abort(request_id, index))
 
     def fail(self, reason: str) -> None:
@@ -76,18 +83,7 @@ class RemoteEngine:
         if self.lost is None:
             self.lost = reason
             for stream in self._streams.values():
-                stream.put_nowait(ReplicaLost(reason, retry_after_s=5))
-
-    async def _next(self, stream: asyncio.Queue[list[Output] | ReplicaLost]) -> list[Output]:
-        outputs: list[Output] = []
-        item = await stream.get()
-        while True:
-            if isinstance(item, ReplicaLost):
-                raise item
-            outputs += item
-            if stream.empty():
-                return outputs
-            item = stream.get_nowait()
+                stream.queue.put_nowait(ReplicaLost(reason, retry_after_s=5))
 
     def _send(self, command: Command) -> None:
         if self._writer and not self.lost:
@@ -114,4 +110,17 @@ class RemoteEngine:
             by_request.setdefault(output.request_id, []).append(output)
         for request_id, items in by_request.items():
             if stream := self._streams.get(request_id):  # aborted ones have no stream any more
-                stream.put_nowait(items)
+                stream.queue.put_nowait(items)
+
+
+async def _all(queue: asyncio.Queue[list[Output] | ReplicaLost]) -> list[Output]:
+    """Everything that has come, after waiting for something. Raises ReplicaLost as soon as it is there."""
+    outputs: list[Output] = []
+    item = await queue.get()
+    while True:
+        if isinstance(item, ReplicaLost):
+            raise item
+        outputs += item
+        if queue.empty():
+            return outputs
+        item = queue.get_nowait()

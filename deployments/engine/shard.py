@@ -6,7 +6,7 @@ The same code runs in a Ray actor (`deployments/llm.py`), in a plain child proce
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,10 +32,11 @@ class ShardSpec:
     settings: EngineSettings
     rendezvous: Rendezvous
 
-    def for_rank(self, rank: int) -> ShardSpec:
-        from dataclasses import replace
+    def at(self, rendezvous: Rendezvous) -> ShardSpec:
+        return replace(self, rendezvous=rendezvous)
 
-        return replace(self, rendezvous=replace(self.rendezvous, rank=rank))
+    def for_rank(self, rank: int) -> ShardSpec:
+        return self.at(replace(self.rendezvous, rank=rank))
 
 
 def num_blocks(model: ModelInfo, dtype: str, settings: EngineSettings) -> int:
