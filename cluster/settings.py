@@ -33,9 +33,9 @@ class RaySettings(_Section):
     """Port of the local cluster's control store, on loopback."""
     dashboard_port: int = Field(default=8265, ge=1024, le=65535)
     """Port of Ray's dashboard and job API, on loopback, behind the cluster's token."""
-    client_port: int = Field(default=10001, ge=0, le=65535)
-    """Port of Ray Client on loopback; 0 leaves it off."""
-    num_cpus: float | None = Field(default=None, gt=0)
+    client_port: int = Field(default=10001, ge=1024, le=65535)
+    """Port of Ray Client's server, on loopback; `ray start` offers no way to leave it off."""
+    num_cpus: int | None = Field(default=None, ge=1)
     """Logical CPUs of the local node; None: the machine's cores."""
     object_store_bytes: int = Field(default=256 << 20, ge=80 << 20)
     """Shared memory for Ray's object store on the local node. Tokens and batches never pass through it, so it is small."""
@@ -53,6 +53,8 @@ class GatewaySettings(_Section):
     """The one port that callers use."""
     host: str = "127.0.0.1"
     """Address that the gateway's port binds."""
+    internal_port: int = Field(default=30000, ge=1024, le=65436)
+    """First of 100 ports where the gateway's replicas listen inside, behind HAProxy."""
     replicas: int = Field(default=1, ge=1, le=64)
     """Gateway replicas; more than one needs Postgres (SQLite has one writer)."""
     haproxy: bool = True

@@ -1,0 +1,10 @@
+"""What Alembic runs around the revisions: it uses the connection and the transaction that `Store` opened."""
+
+from __future__ import annotations
+
+from alembic import context
+
+from cluster.store import metadata
+
+context.configure(connection=context.config.attributes["connection"], target_metadata=metadata, compare_type=True)
+context.run_migrations()
