@@ -27,7 +27,8 @@ MODELS = {
     "llama-metaspace": lambda d: texts.sentencepiece(d, legacy=False),
     "named-by-object": lambda d: texts.byte_level(d, bos_token="<|endoftext|>", add_bos_token=True, eos_token=END),
 }
-WORDS = [*"Hello 東京 😀 é <|im_ im_end|> end|> < > | s> </ [INST]".split(), " ", "\n", "  two", "\t", "\0"]
+SCRAPS = ["<|im_", "im_end|>", "end|>", "<", ">", "|", "s>", "</", "[INST]"]
+WORDS = ["Hello", "東京", "😀", "é", " ", "\n", "  two", "\t", "\0", *SCRAPS]
 CONTROL = ["<|im_end|>", "<|im_start|>", "<|user|>", "<|endoftext|>", "<s>", "</s>", "<unk>", BREAK]
 prose = st.one_of(st.text(st.characters(exclude_categories=["Cs"])), st.lists(st.sampled_from(WORDS)).map("".join))
 hostile = (
