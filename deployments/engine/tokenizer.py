@@ -1,0 +1,157 @@
+"""Text to token ids and back, for one model directory. Light: neither torch nor transformers is imported.
+
+Reads what Hugging Face models bring: tokenizer.json (the `tokenizers` library's own format), tokenizer_config.json,
+special_tokens_map.json, chat_template.jinja, generation_config.json and config.json. Streams are `detokenizer.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from cluster.errors import InvalidRequest, ModelNotServable
+from cluster.types import Message
+from deployments.engine.chat_template import ChatTemplate
+from deployments.engine.control_tokens import BREAK, ControlTokens
+from deployments.engine.model_config import context_length, read_json, token_ids
+from deployments.engine.vocabulary import Vocabulary
+
+MAX_CHARS_PER_TOKEN = 16
+"""A rendered chat of more characters than this for every token of the context can't be a prompt."""
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """Made by `Tokenizer.load`. Calls don't change it, so threads may share it."""
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer:
+        """Raises ModelNotServable for a directory without a tokenizer that can be used, with what to do."""
+        directory = Path(directory)
+        spec = read_json(directory / "tokenizer.json")
+        if not spec:
+            raise ModelNotServable(
+                f"{directory.name} has no tokenizer.json; write one with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )
+        config = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
+        model, generation = read_json(directory / "config.json"), read_json(directory / "generation_config.json")
+        eos = token_ids(generation.get("eos_token_id")) or token_ids(model.get("eos_token_id"))
+        return cls(spec, config, template=_template_source(directory, config), eos_ids=eos, context=context_length(model, 1 << 17))
+
+    def __init__(
+        self, spec: dict[str, Any], config: Mapping[str, Any], *, template: str | None, eos_ids: frozenset[int], context: int
+    ) -> None:
+        """`spec` and `config`: contents of tokenizer.json and tokenizer_config.json; `context` in tokens."""
+        named = {name: text for name in _NAMES if (text := _content(config.get(name)))}
+        self._library = _build(spec, named)
+        added = self._library.get_added_tokens_decoder()
+        special = {token_id: token.content for token_id, token in added.items() if token.special}
+        self.special_ids = frozenset(special)
+        self._unknown = {token_id for token_id, content in special.items() if content == named.get("unk_token", "<unk>")}
+        tokens = {token_id: token for token, token_id in self._library.get_vocab(with_added_tokens=True).items()}
+        self._vocabulary = Vocabulary(tokens, added=frozenset(added), special=self.special_ids, decoder=spec.get("decoder"))
+        self.eos_ids = eos_ids | {token_id for token_id, content in special.items() if content == named.get("eos_token")}
+        self._control = ControlTokens(special.values())
+        self._template: ChatTemplate | None = None
+        if template is not None:
+            self._template = ChatTemplate(
+                template, special_tokens=named, control=self._control, max_chars=MAX_CHARS_PER_TOKEN * context
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest token id; a model's own vocabulary may be padded beyond it."""
+        return self._vocabulary.size
+
+    @property
+    def can_chat(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """A raw prompt: special tokens only where the model's own post-processing puts them, never from the text itself."""
+        return self._encode(self._control.defuse(text), add_special_tokens=True)
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """A chat, up to where the assistant's answer begins. Raises InvalidRequest for a model without a chat template, and for
+        what its template refuses."""
+        if self._template is None:
+            raise InvalidRequest("this model has no chat template; use the completions API with a prompt", param="messages")
+        if not messages:
+            raise InvalidRequest("a chat needs at least one message", param="messages")
+        return self._encode(self._template.render(messages), add_special_tokens=False)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Text without special tokens; bytes that aren't UTF-8 become U+FFFD."""
+        return self._vocabulary.decode(token_ids)
+
+    def token_text(self, token_id: int) -> str:
+        """One token for a reader: special tokens by name, half of a character as U+FFFD."""
+        return self._vocabulary.token_text(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's share of the text: the bytes of a sequence's tokens, joined, are its text in UTF-8."""
+        return self._vocabulary.token_bytes(token_id)
+
+    def opening_bytes(self, token_id: int) -> bytes:
+        """The same for the first token of a text that continues nothing."""
+        return self._vocabulary.opening_bytes(token_id)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            encoding = self._library.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            raise InvalidRequest("the text holds half of a surrogate pair, which is not Unicode text") from None
+        self._check_control(text, encoding.ids)
+        return self._library.post_process(encoding).ids if add_special_tokens else encoding.ids
+
+    def _check_control(self, text: str, ids: list[int]) -> None:
+        """Some models know a control token as a piece of ordinary text too (Unigram): then the text can't be told from it."""
+        num_special = sum(token_id in self.special_ids and token_id not in self._unknown for token_id in ids)
+        if num_special > len(self._control.find(text)):
+            raise InvalidRequest("the text holds a control token that this model can't read as text")
+
+
+def _build(spec: dict[str, Any], named: Mapping[str, str]) -> tokenizers.Tokenizer:
+    """The library's tokenizer, changed so that it looks for special tokens in the text as it came, and only then takes the breaks
+    out: what a break was put into is then text like any other."""
+    parts = [{"type": "Replace", "pattern": {"String": BREAK}, "content": ""}, spec.get("normalizer")]
+    normalizer = {"type": "Sequence", "normalizers": [part for part in parts if part]}
+    try:
+        added = [_literal(token, named) for token in spec.get("added_tokens") or ()]
+        library = tokenizers.Tokenizer.from_str(
+            json.dumps({**spec, "normalizer": normalizer, "added_tokens": added, "truncation": None, "padding": None})
+        )
+    except Exception as error:  # the library raises nothing narrower
+        raise ModelNotServable(f"tokenizer.json can't be used: {error}") from None
+    present = {token["content"] for token in added}
+    library.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in named.values() if text not in present])
+    return library
+
+
+def _literal(token: dict[str, Any], named: Mapping[str, str]) -> dict[str, Any]:
+    """A special token is looked for in the text as it came; the tokens that have a name (`eos_token`) are always special."""
+    if token.get("special") or token.get("content") in named.values():
+        return {**token, "special": True, "normalized": False}
+    return token
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token, which is written as a string or as an object."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) and content else None
+
+
+def _template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, else the template in tokenizer_config.json; of several named ones `default`."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    return source if isinstance(source, str) else None
