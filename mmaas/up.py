@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.desired import Desired
-from cluster.errors import InvalidRequest, ModelNotFound, NotFound, SettingsError, Unauthenticated
+from cluster.errors import InvalidRequest, ModelNotFound, NotFound, SettingsError, Unauthenticated, Unavailable
 from cluster.private_files import Secrets, private_directory
 from cluster.settings import Settings
 from cluster.store import Store
@@ -111,8 +111,11 @@ def opened_store(settings: Settings) -> Iterator[Store]:
 
 def reconcile(settings: Settings) -> None:
     """Make a running platform follow the desired state. Raises Unavailable when it isn't up: it will follow at the next `up`."""
+    from cluster import launch
     from mmaas.output import console
 
+    if not launch.is_running(settings):
+        raise Unavailable("the change is kept, but the platform is not up; run: mmaas up")
     output = console()
     with output.status("deploying") as line:
         Platform().apply(settings, line.update)
