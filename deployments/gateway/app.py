@@ -32,9 +32,18 @@ router = APIRouter(route_class=ScopedRoute, responses={"default": {"model": Erro
 
 def _takes(kind: type[BaseModel]) -> dict[str, Any]:
     """A request body in the OpenAPI document. The body itself is read by `limits`, which FastAPI's reader can't replace."""
-    schema = kind.model_json_schema(ref_template=f"#/components/schemas/{kind.__name__}.{{model}}")
-    schema.pop("$defs", None)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    schema = kind.model_json_schema(ref_template="{model}")
+    parts = schema.pop("$defs", {})
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema, parts)}}}}
+
+
+def _inlined(schema: Any, parts: dict[str, Any]) -> Any:
+    """The schema with its named parts in their places; ours never contain themselves."""
+    if isinstance(schema, dict):
+        if "$ref" in schema:
+            return _inlined(parts[schema["$ref"]], parts)
+        return {key: _inlined(value, parts) for key, value in schema.items()}
+    return [_inlined(item, parts) for item in schema] if isinstance(schema, list) else schema
 
 
 @router.get("/health", tags=["operation"])

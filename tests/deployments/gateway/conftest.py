@@ -28,8 +28,8 @@ class Server:
     models: EchoModels
     keys: KeyRing
 
-    def client(self, key: str = KeyRing.USER, retries: int = 0) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=retries, _strict_response_validation=True)
+    def client(self, key: str = KeyRing.USER, *, strict: bool = True) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, _strict_response_validation=strict)
 
     def http(self, key: str | None = KeyRing.USER) -> httpx.Client:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
