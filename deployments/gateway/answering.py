@@ -1,0 +1,103 @@
+"""From a parsed request to its answer, the same for HTTP and for handles: ask the models, relay, put together or pass on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, Protocol
+
+from cluster.types import Chunk, Generate, Usage
+from deployments.gateway.exchange import Exchange
+from deployments.gateway.openai.chat import ChatCall
+from deployments.gateway.openai.completions import CompletionCall
+from deployments.gateway.openai.progress import Collected
+from deployments.gateway.relay import Relay
+from deployments.router import Models
+
+Part = Mapping[str, object]
+"""One JSON object of a streamed answer."""
+
+KINDS: dict[str, type[ChatCall] | type[CompletionCall]] = {"chat.completions": ChatCall, "completions": CompletionCall}
+"""Operations that generate, by the name that handles use."""
+
+
+class Call(Protocol):
+    """One request of one API: what to ask of which model, and how to say what comes back. Does no I/O."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def streams(self) -> bool: ...
+    @property
+    def choices(self) -> int: ...
+    @property
+    def calls(self) -> tuple[Generate, ...]: ...
+    def whole(self, collected: Collected) -> Part: ...
+    def parts(self, chunk: Chunk) -> Sequence[Part]: ...
+    def usage(self) -> Usage: ...
+    def end(self) -> Sequence[Part]: ...
+
+
+def parse(operation: str, body: dict[str, Any], notes: Exchange) -> Call:
+    """Raises InvalidRequest."""
+    kind = KINDS[operation]
+    call = kind(
+        body,
+        request_id=notes.request_id,
+        answer_id=notes.answer_id(kind.prefix),
+        tenant=notes.tenant,
+        created=int(time.time()),
+    )
+    notes.model = call.model
+    return call
+
+
+async def whole(models: Models, call: Call, notes: Exchange, seconds: float) -> Part:
+    """The answer in one piece. Cancelling this cancels the models' work."""
+    relay = ask(models, call, seconds)
+    try:
+        collected = Collected(call.choices)
+        async for batch in relay.batches(seconds):
+            notes.heard()
+            for chunk in batch:
+                collected.add(chunk)
+        notes.usage = collected.usage()
+        return call.whole(collected)
+    finally:
+        await relay.aclose()
+
+
+async def parts(models: Models, call: Call, notes: Exchange, seconds: float, silence_s: float) -> AsyncGenerator[list[Part], None]:
+    """The answer as it comes; an empty list after `silence_s` without news. Closing this cancels the models' work."""
+    relay = ask(models, call, seconds)
+    try:
+        async with aclosing(relay.batches(silence_s)) as batches:
+            async for batch in batches:
+                if batch:
+                    notes.heard()
+                said = [part for chunk in batch for part in call.parts(chunk)]
+                if said or not batch:
+                    yield said
+        notes.usage = call.usage()
+        if last := call.end():
+            yield list(last)
+    finally:
+        await relay.aclose()
+
+
+def ask(models: Models, call: Call, seconds: float) -> Relay[Chunk]:
+    """Start every call of the request; index 0 of call `k` becomes index `k * n`."""
+    each = call.choices // len(call.calls)
+    return Relay([_shifted(models.generate(call.model, asked), k * each) for k, asked in enumerate(call.calls)], seconds)
+
+
+def _shifted(stream: AsyncGenerator[Chunk, None], by: int) -> AsyncGenerator[Chunk, None]:
+    return stream if by == 0 else _shift(stream, by)
+
+
+async def _shift(stream: AsyncGenerator[Chunk, None], by: int) -> AsyncGenerator[Chunk, None]:
+    async with aclosing(stream):
+        async for chunk in stream:
+            yield Chunk(tuple(replace(delta, index=delta.index + by) for delta in chunk.deltas), chunk.usage)

@@ -1,0 +1,142 @@
+"""The HTTP application: routes and nothing else. A route parses, calls and renders; `middleware.py` did the rest before.
+
+`build_app` composes without Ray, so that the same application runs in a Serve replica and under a plain uvicorn in a test.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cluster import metrics
+from cluster.errors import InvalidRequest
+from cluster.settings import GatewaySettings
+from deployments.gateway import answering, errors, exchange, limits, middleware
+from deployments.gateway.entrance import KEEPALIVE_S, Entrance
+from deployments.gateway.keys import Verify
+from deployments.gateway.openai import models
+from deployments.gateway.openai.answers import ChatCompletion, Completion, ErrorResponse, Model, ModelList
+from deployments.gateway.openai.types import ChatRequest, CompletionRequest
+from deployments.gateway.responses import event_stream, json_response
+from deployments.gateway.scopes import PUBLIC, ScopedRoute, public_paths, requires
+from deployments.router import Models
+
+router = APIRouter(route_class=ScopedRoute, responses={"default": {"model": ErrorResponse}})
+
+
+def _takes(kind: type[BaseModel]) -> dict[str, Any]:
+    """A request body in the OpenAPI document. The body itself is read by `limits`, which FastAPI's reader can't replace."""
+    schema = kind.model_json_schema(ref_template="{model}")
+    parts = schema.pop("$defs", {})
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema, parts)}}}}
+
+
+def _inlined(schema: Any, parts: dict[str, Any]) -> Any:
+    """The schema with its named parts in their places; ours never contain themselves."""
+    if isinstance(schema, dict):
+        if "$ref" in schema:
+            return _inlined(parts[schema["$ref"]], parts)
+        return {key: _inlined(value, parts) for key, value in schema.items()}
+    return [_inlined(item, parts) for item in schema] if isinstance(schema, list) else schema
+
+
+@router.get("/health", tags=["operation"])
+@requires(PUBLIC)
+async def health() -> Response:
+    """The process is alive."""
+    return json_response({"status": "ok"})
+
+
+@router.get("/ready", tags=["operation"])
+@requires(PUBLIC)
+async def ready(request: Request) -> Response:
+    """200 when at least one model answers."""
+    states = await entrance(request).models.ready()
+    return json_response({"ready": any(states.values()), "models": states}, 200 if any(states.values()) else 503)
+
+
+@router.get("/metrics", tags=["operation"])
+@requires("admin")
+async def prometheus() -> Response:
+    """This process in Prometheus' text format."""
+    text, content_type = metrics.exposition()
+    return Response(text, media_type=content_type)
+
+
+@router.get("/v1/models", tags=["models"], response_model=ModelList)
+@requires("inference")
+async def list_models(request: Request) -> Response:
+    """The served models."""
+    return json_response(models.listing(await entrance(request).models.list()))
+
+
+@router.get("/v1/models/{model:path}", tags=["models"], response_model=Model)
+@requires("inference")
+async def retrieve_model(request: Request, model: str) -> Response:
+    """One served model."""
+    return json_response(models.card(models.find(await entrance(request).models.list(), model)))
+
+
+@router.post("/v1/chat/completions", tags=["chat"], response_model=ChatCompletion, openapi_extra=_takes(ChatRequest))
+@requires("inference")
+async def create_chat_completion(request: Request) -> Response:
+    """Answer a conversation, at once or as a stream of server-sent events."""
+    return await generate(request, "chat.completions")
+
+
+@router.post("/v1/completions", tags=["completions"], response_model=Completion, openapi_extra=_takes(CompletionRequest))
+@requires("inference")
+async def create_completion(request: Request) -> Response:
+    """Continue one or several prompts, at once or as a stream of server-sent events."""
+    return await generate(request, "completions")
+
+
+async def generate(request: Request, operation: str) -> Response:
+    parts, notes = entrance(request), exchange.of(request.scope)
+    body = await limits.read_json(notes.body, parts.settings.max_json_depth)
+    call = answering.parse(operation, body, notes)
+    seconds = parts.settings.max_stream_s
+    if call.streams:
+        return await event_stream(answering.parts(parts.models, call, notes, seconds, parts.keepalive_s))
+    return json_response(await answering.whole(parts.models, call, notes, seconds))
+
+
+def entrance(request: Request) -> Entrance:
+    shared: Entrance = request.app.state.entrance
+    return shared
+
+
+def build_app(models: Models, verify_key: Verify, settings: GatewaySettings, *, keepalive_s: float = KEEPALIVE_S) -> FastAPI:
+    """Raises TypeError when a route exists that nobody declared a scope for."""
+    shared = Entrance.of(models, verify_key, settings, keepalive_s)
+    public = public_paths(router.routes)
+    app = FastAPI(
+        title="MMaaS",
+        version="1",
+        redirect_slashes=False,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        exception_handlers={HTTPException: _refused, RequestValidationError: _invalid},
+        middleware=middleware.pipeline(gate=shared.gate, keys=shared.keys, public=public, max_body_bytes=settings.max_body_bytes),
+    )
+    app.router.routes.extend(router.routes)  # not include_router, which hides them from the check below
+    public_paths(app.routes)
+    app.state.entrance = shared
+    return app
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    raise errors.from_http(error) from None
+
+
+async def _invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problem = error.errors()[0]
+    raise InvalidRequest(problem["msg"], param=errors.path(problem["loc"][1:])) from None

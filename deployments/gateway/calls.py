@@ -1,0 +1,78 @@
+"""The entrance for handles: the same operations as over HTTP, with the same checks, bounds, errors and records.
+
+An operation yields JSON objects as dictionaries: one for a plain answer, one for each chunk of a streamed one. What goes wrong is
+raised as the `PlatformError` that HTTP would have rendered.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from cluster.errors import NotFound, PlatformError
+from deployments.gateway import answering, errors, limits, scopes
+from deployments.gateway.answering import Part
+from deployments.gateway.entrance import Entrance
+from deployments.gateway.exchange import Exchange
+from deployments.gateway.openai import models
+
+logger = logging.getLogger(__name__)
+
+OPERATIONS = {
+    "chat.completions": "inference",
+    "completions": "inference",
+    "models.list": "inference",
+    "models.retrieve": "inference",
+}
+"""What a handle may ask for, and the scope that it takes."""
+
+
+async def call(entrance: Entrance, key: str, operation: str, body: Mapping[str, Any]) -> AsyncGenerator[Part, None]:
+    """Raises PlatformError; a fault of ours arrives without its words, as over HTTP."""
+    notes = Exchange(method="CALL")
+    try:
+        with entrance.gate.admit():
+            async with aclosing(_admitted(entrance, key, operation, body, notes)) as answers:
+                async for answer in answers:
+                    yield answer
+        notes.status = 200
+    except Exception as error:
+        public = errors.public(error, notes.request_id)
+        notes.status, notes.error = public.status, public.public_code
+        if not isinstance(error, PlatformError) or error.status == 500:
+            logger.exception("call failed", extra={"request_id": notes.request_id})
+        raise public from None
+    finally:
+        notes.record(operation if operation in OPERATIONS else None)
+
+
+async def _admitted(
+    entrance: Entrance, key: str, operation: str, body: Mapping[str, Any], notes: Exchange
+) -> AsyncGenerator[Part, None]:
+    notes.principal = await entrance.keys.principal(key)
+    if operation not in OPERATIONS:
+        raise NotFound(f"There is no operation {str(operation)[:64]!r}; there are {', '.join(OPERATIONS)}.")
+    scopes.permit(notes.principal, OPERATIONS[operation])
+    bounds = entrance.settings
+    tree = limits.through_json(body, bounds.max_body_bytes, bounds.max_json_depth)
+    if operation == "models.list":
+        yield models.listing(await entrance.models.list())
+    elif operation == "models.retrieve":
+        yield models.card(models.find(await entrance.models.list(), str(tree.get("model", ""))))
+    else:
+        async with aclosing(_generated(entrance, answering.parse(operation, tree, notes), notes)) as answers:
+            async for answer in answers:
+                yield answer
+
+
+async def _generated(entrance: Entrance, call: answering.Call, notes: Exchange) -> AsyncGenerator[Part, None]:
+    seconds = entrance.settings.max_stream_s
+    if not call.streams:
+        yield await answering.whole(entrance.models, call, notes, seconds)
+        return
+    async with aclosing(answering.parts(entrance.models, call, notes, seconds, silence_s=seconds)) as batches:
+        async for batch in batches:
+            for part in batch:
+                yield part

@@ -1,0 +1,26 @@
+"""The parts that HTTP and handles share, put together once in a process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.settings import GatewaySettings
+from deployments.gateway.keys import Keys, Verify
+from deployments.gateway.middleware import Gate
+from deployments.router import Models
+
+KEEPALIVE_S = 15.0
+"""Silence on a stream before a comment is sent; also how long an answer without a first token stays free to fail plainly."""
+
+
+@dataclass(frozen=True)
+class Entrance:
+    models: Models
+    keys: Keys
+    gate: Gate
+    settings: GatewaySettings
+    keepalive_s: float = KEEPALIVE_S
+
+    @classmethod
+    def of(cls, models: Models, verify: Verify, settings: GatewaySettings, keepalive_s: float = KEEPALIVE_S) -> Entrance:
+        return cls(models, Keys(verify), Gate(settings.max_ongoing), settings, keepalive_s)

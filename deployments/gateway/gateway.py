@@ -1,0 +1,81 @@
+"""The gateway as a Serve deployment: one application for HTTP, one method for handles, the same parts behind both.
+
+The only module here that touches Serve. Parts are made inside the replica: a database connection can't travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI
+
+from cluster.settings import Settings
+from deployments.gateway import calls
+from deployments.gateway.answering import Part
+from deployments.gateway.app import build_app
+from deployments.gateway.keys import Verify
+from deployments.router import Models, ServeModels
+
+APPLICATION = "gateway"
+DEPLOYMENT = "Gateway"
+
+HEADROOM = 64
+"""Requests that Serve lets in beyond our own limit, so that a full gateway still answers probes and refusals itself."""
+
+Parts = Callable[[Settings], tuple[Models, Verify]]
+
+
+def from_store(settings: Settings) -> tuple[Models, Verify]:
+    """Served models and keys as the platform's store has them."""
+    from cluster.desired import Desired
+    from cluster.private_files import Secrets
+    from cluster.store import Store
+    from cluster.tenancy.keys import Keys
+
+    store = Store(settings.store_url)
+    return ServeModels(Desired(store).list), Keys(store, Secrets(settings.home).pepper).verify
+
+
+class Gateway:
+    """One replica of the entrance."""
+
+    def __init__(self, settings: Settings, parts: Parts = from_store) -> None:
+        from cluster import log
+
+        log.configure(settings.log_level)
+        self._settings = settings
+        self._models, self._verify = parts(settings)
+        self._app = build_app(self._models, self._verify, settings.gateway)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve after the constructor: what it serves over HTTP."""
+        return self._app
+
+    async def call(self, key: str, operation: str, body: Mapping[str, Any]) -> AsyncGenerator[Part, None]:
+        """The operations of the HTTP API for handles; see `calls.py`. Call with `.options(stream=True)`."""
+        async with aclosing(calls.call(self._app.state.entrance, key, operation, body)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def check_health(self) -> None:
+        """That this runs is the proof: the event loop turns. A store in trouble is no reason to cut streams."""
+
+
+def build(settings: Settings, parts: Parts = from_store) -> Any:
+    """The Serve application (`ray.serve.Application`), to be run as `gateway` at the route prefix `/`."""
+    from ray import serve
+
+    options = settings.gateway
+    deployment = serve.deployment(
+        serve.ingress()(Gateway),
+        name=DEPLOYMENT,
+        num_replicas=options.replicas,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=options.max_ongoing + HEADROOM,
+        graceful_shutdown_timeout_s=options.max_stream_s + 30,
+        health_check_period_s=10,
+        health_check_timeout_s=30,
+    )
+    return deployment.bind(settings, parts)

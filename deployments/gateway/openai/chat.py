@@ -1,0 +1,120 @@
+"""POST /v1/chat/completions: a conversation in, an answer or its chunks out. Pure translation; the models are called elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from cluster.types import Chunk, Delta, Generate, Message, TokenLogprob, Usage
+from deployments.gateway.openai import answers, unsupported
+from deployments.gateway.openai.answers import ChatChunk, ChatCompletion, ChatDelta, ChatLogprobs, Finish
+from deployments.gateway.openai.progress import Collected, Progress
+from deployments.gateway.openai.types import ChatRequest, parse
+
+
+class ChatCall:
+    """One request: what to ask of the model, and how to say what comes back."""
+
+    prefix: Literal["chatcmpl-"] = "chatcmpl-"
+
+    def __init__(self, body: dict[str, Any], *, request_id: str, answer_id: str, tenant: str, created: int) -> None:
+        """Raises InvalidRequest."""
+        unsupported.refuse(body, unsupported.CHAT)
+        self.request = request = parse(ChatRequest, body)
+        request.check()
+        self.model = request.model
+        self.streams = bool(request.stream)
+        self.choices = request.choices
+        self.calls = (self._generate(request, request_id, tenant),)
+        self._id, self._created = answer_id, created
+        self._progress = Progress(self.choices)
+        self._started = False
+
+    @staticmethod
+    def _generate(request: ChatRequest, request_id: str, tenant: str) -> Generate:
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+        return Generate(
+            request_id=request_id,
+            tenant=tenant,
+            messages=tuple(Message(_role(m.role), m.text, m.name) for m in request.messages),
+            sampling=request.sampling(max_tokens=max_tokens, logprobs=logprobs),
+        )
+
+    def whole(self, collected: Collected) -> ChatCompletion:
+        spent = collected.usage()
+        return {
+            "id": self._id,
+            "object": "chat.completion",
+            "created": self._created,
+            "model": self.model,
+            "choices": [
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                    "logprobs": self._logprobs(choice.logprobs),
+                    "finish_reason": answers.finish(choice.finish_reason) or "stop",
+                }
+                for index, choice in enumerate(collected.choices)
+            ],
+            "usage": answers.usage(spent),
+        }
+
+    def parts(self, chunk: Chunk) -> list[ChatChunk]:
+        """The chunks that say this; the first call opens every choice in index order, which the official client needs."""
+        self._progress.add(chunk)
+        said = [] if self._started else [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(self.choices)]
+        self._started = True
+        for delta in chunk.deltas:
+            said += self._say(delta)
+        return said
+
+    def usage(self) -> Usage:
+        """Raises ReplicaLost when the streamed answer isn't whole."""
+        return self._progress.usage()
+
+    def end(self) -> list[ChatChunk]:
+        """The usage chunk, for a caller that asked."""
+        if not self.request.wants_usage:
+            return []
+        return [{**self._head(), "choices": [], "usage": answers.usage(self.usage())}]
+
+    def _say(self, delta: Delta) -> list[ChatChunk]:
+        said = []
+        if delta.text or delta.logprobs:
+            said.append(self._chunk(delta.index, {"content": delta.text}, logprobs=self._logprobs(delta.logprobs)))
+        if delta.finish_reason is not None:
+            said.append(self._chunk(delta.index, {}, finish=answers.finish(delta.finish_reason)))
+        return said
+
+    def _chunk(
+        self, index: int, delta: ChatDelta, *, logprobs: ChatLogprobs | None = None, finish: Finish | None = None
+    ) -> ChatChunk:
+        chunk = self._head()
+        chunk["choices"] = [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]
+        if self.request.wants_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def _head(self) -> ChatChunk:
+        return {
+            "id": self._id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self.model,
+            "choices": [],
+        }
+
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> ChatLogprobs | None:
+        if not self.request.logprobs:
+            return None
+        content = [
+            answers.ChatToken(**answers.top_token(token), top_logprobs=[answers.top_token(top) for top in token.top])
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+
+def _role(role: str) -> str:
+    """`developer` is the API's newer word for what chat templates call `system`."""
+    return "system" if role == "developer" else role

@@ -1,0 +1,71 @@
+"""What has come of an answer so far. An answer that ends without a reason for every choice, or without usage, is a broken one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.errors import ReplicaLost
+from cluster.types import Chunk, Delta, FinishReason, TokenLogprob, Usage
+
+
+class Progress:
+    """Counts down the choices and adds up usage over the calls that make one answer."""
+
+    def __init__(self, choices: int) -> None:
+        self._unfinished = set(range(choices))
+        self._usage: Usage | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        """Raises ReplicaLost when the engine gave a choice up."""
+        for delta in chunk.deltas:
+            if delta.finish_reason == "abort":
+                raise ReplicaLost("The model stopped working on this request.", retry_after_s=1.0)
+            if delta.finish_reason is not None:
+                self._unfinished.discard(delta.index)
+        if chunk.usage is not None:
+            self._usage = chunk.usage if self._usage is None else _sum(self._usage, chunk.usage)
+
+    def usage(self) -> Usage:
+        """Raises ReplicaLost when the stream ended before its end."""
+        if self._unfinished or self._usage is None:
+            raise ReplicaLost("The model's answer ended early.", retry_after_s=1.0)
+        return self._usage
+
+
+@dataclass(slots=True)
+class Choice:
+    """One choice, put together."""
+
+    parts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
+
+    def add(self, delta: Delta) -> None:
+        self.parts.append(delta.text)
+        self.logprobs.extend(delta.logprobs)
+        self.finish_reason = delta.finish_reason or self.finish_reason
+
+
+class Collected:
+    """A whole answer, for callers that don't stream."""
+
+    def __init__(self, choices: int) -> None:
+        self.choices = [Choice() for _ in range(choices)]
+        self._progress = Progress(choices)
+
+    def add(self, chunk: Chunk) -> None:
+        self._progress.add(chunk)
+        for delta in chunk.deltas:
+            self.choices[delta.index].add(delta)
+
+    def usage(self) -> Usage:
+        """Raises ReplicaLost when the answer isn't whole."""
+        return self._progress.usage()
+
+
+def _sum(a: Usage, b: Usage) -> Usage:
+    return Usage(a.prompt_tokens + b.prompt_tokens, a.completion_tokens + b.completion_tokens, a.cached_tokens + b.cached_tokens)

@@ -1,0 +1,216 @@
+"""Requests of the OpenAI API as strict, bounded types (API reference of 2026, with the sampling fields that vLLM added).
+
+Nothing is coerced: `"1"` is no number, `true` is no integer, NaN is nothing. Unknown fields are ignored; those that would change
+the answer are refused before, by `unsupported.py`. Every list and string has a bound, the body as a whole has another.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from cluster.errors import InvalidRequest
+from cluster.types import Sampling
+from deployments.gateway import errors
+
+MAX_N = 16
+MAX_PROMPTS = 128
+MAX_TOKENS = 1 << 24
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+Stops = Annotated[
+    list[str],
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 4}]}),
+]
+"""One stop string or up to four; always a list once it is read."""
+
+
+class _Bounded(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True, hide_input_in_errors=True)
+
+
+Request = TypeVar("Request", bound=_Bounded)
+
+
+class StreamOptions(_Bounded):
+    include_usage: bool | None = None
+
+
+class Sampled(_Bounded):
+    """What chat and text completions have in common."""
+
+    model: str = Field(min_length=1, max_length=256)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(default=None, ge=1, le=MAX_N)
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    min_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: Probability | None = None
+    top_k: int | None = Field(default=None, ge=-1, le=1 << 31)
+    min_p: Probability | None = None
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
+    stop: Stops | None = None
+    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=128)
+    ignore_eos: bool | None = None
+    logit_bias: dict[Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
+        Field(default=None, max_length=1024)
+    )
+
+    @pydantic.field_validator("stop", mode="before")
+    @classmethod
+    def _stop(cls, value: object) -> object:
+        texts = [value] if isinstance(value, str) else value
+        if texts is not None and not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+            raise PydanticCustomError("invalid_type", "Input should be a string or a list of strings")
+        if texts is not None and not (len(texts) <= 4 and all(0 < len(text) <= 1024 for text in texts)):
+            raise PydanticCustomError("invalid_value", "At most 4 stop strings of 1 to 1024 characters are accepted")
+        return texts
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def check(self) -> None:
+        """What holds between fields. Raises InvalidRequest."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options is only allowed when stream is true.", param="stream_options")
+
+    def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> Sampling:
+        if max_tokens is not None and (self.min_tokens or 0) > max_tokens:
+            raise InvalidRequest(f"min_tokens is {self.min_tokens}, more than max_tokens, {max_tokens}.", param="min_tokens")
+        default = Sampling()
+        return Sampling(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
+            temperature=_or(self.temperature, default.temperature),
+            top_k=max(self.top_k or 0, 0),
+            top_p=_or(self.top_p, default.top_p),
+            min_p=self.min_p or 0.0,
+            repetition_penalty=_or(self.repetition_penalty, default.repetition_penalty),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            seed=self.seed,
+            stop=tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+            logprobs=logprobs,
+            n=self.choices,
+        )
+
+
+class TextPart(_Bounded):
+    type: Literal["text"]
+    text: str
+
+
+Parts = Annotated[
+    list[TextPart],
+    Field(min_length=1, max_length=1024),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": TextPart.model_json_schema(), "minItems": 1}]}),
+]
+"""What a message says: a string in the document and on the wire, or text parts; always parts once it is read."""
+
+
+class ChatMessage(_Bounded):
+    """One turn. Text only; calls of tools and their results are refused, because the model would not see them."""
+
+    role: Literal["developer", "system", "user", "assistant"]
+    content: Parts | None = None
+    refusal: str | None = None
+    name: str | None = Field(default=None, max_length=256)
+    tool_calls: list[Any] | None = Field(default=None, max_length=0)
+    function_call: None = None
+    audio: None = None
+
+    @pydantic.field_validator("content", mode="before")
+    @classmethod
+    def _content(cls, value: object) -> object:
+        if value is not None and not isinstance(value, (str, list)):
+            raise PydanticCustomError("invalid_type", "Input should be a string or a list of text parts")
+        return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+    @property
+    def text(self) -> str:
+        return "\n".join(part.text for part in self.content) if self.content is not None else self.refusal or ""
+
+
+class ChatRequest(Sampled):
+    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS, description="Deprecated for max_completion_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
+        for index, message in enumerate(self.messages):
+            if message.content is None and not (message.role == "assistant" and message.refusal):
+                param = f"messages[{index}].content"
+                raise InvalidRequest(f"Missing required parameter: {param}.", param=param, code="missing_required_parameter")
+
+
+class CompletionRequest(Sampled):
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS, description="16 when absent.")
+    echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+    best_of: int | None = Field(default=None, ge=1, le=MAX_N)
+
+    @pydantic.field_validator("prompt", mode="before")
+    @classmethod
+    def _prompt(cls, value: object) -> object:
+        prompts = value if isinstance(value, list) and value and not _is_ids(value) else [value]
+        if len(prompts) > MAX_PROMPTS:
+            raise PydanticCustomError("invalid_value", "At most {most} prompts are accepted", {"most": MAX_PROMPTS})
+        if not (all(isinstance(prompt, str) for prompt in prompts) or all(_is_ids(prompt) for prompt in prompts)):
+            raise PydanticCustomError(
+                "invalid_type", "Input should be a string, a list of strings, a list of token ids or a list of such lists"
+            )
+        return value
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One entry for each call."""
+        many: Any = self.prompt if isinstance(self.prompt, list) and not _is_ids(self.prompt) else [self.prompt]
+        return list(many)
+
+    def check(self) -> None:
+        super().check()
+        if self.best_of is not None and self.best_of != self.choices:
+            raise InvalidRequest("best_of is only accepted when it equals n.", param="best_of", code="unsupported_parameter")
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest("echo together with logprobs is not supported.", param="echo", code="unsupported_parameter")
+        if self.echo and not isinstance(self.prompts[0], str):
+            raise InvalidRequest("echo needs a prompt of text, not of token ids.", param="echo", code="unsupported_parameter")
+
+
+def parse(kind: type[Request], body: dict[str, Any]) -> Request:
+    """Raises InvalidRequest with the offending field as `param`."""
+    try:
+        return kind.model_validate(body)
+    except pydantic.ValidationError as error:
+        raise errors.from_validation(error) from None
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int and 0 <= item < 1 << 31 for item in value)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,80 @@
+"""Default deny: a route that doesn't declare its scope can't be registered.
+
+`@requires("inference")` marks an endpoint; `ScopedRoute` refuses an unmarked one when it is added, which is at import, and checks
+the caller's principal before the endpoint runs. `PUBLIC` is the only scope that needs no key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, TypeVar
+
+from fastapi.routing import APIRoute
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from cluster.errors import Forbidden, Unauthenticated
+from cluster.types import Principal
+from deployments.gateway import exchange
+
+PUBLIC = "public"
+SCOPES = frozenset({PUBLIC, "inference", "admin"})
+DOCUMENTATION = frozenset({"/openapi.json", "/docs"})
+"""FastAPI's own routes: they describe the API and hold no data."""
+
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+
+
+def requires(scope: str) -> Callable[[Endpoint], Endpoint]:
+    """Declare the scope of an endpoint."""
+    if scope not in SCOPES:
+        raise ValueError(f"{scope!r} is not a scope; known are {', '.join(sorted(SCOPES))}")
+
+    def mark(endpoint: Endpoint) -> Endpoint:
+        endpoint.__scope__ = scope  # type: ignore[attr-defined]
+        return endpoint
+
+    return mark
+
+
+def permit(principal: Principal | None, scope: str) -> None:
+    """Raises Unauthenticated without a principal and Forbidden when it lacks the scope."""
+    if scope == PUBLIC:
+        return
+    if principal is None:
+        raise Unauthenticated("This call needs a key: Authorization: Bearer YOUR_KEY.")
+    if not principal.can(scope):
+        raise Forbidden(f"This key does not have the scope {scope!r}.")
+
+
+class ScopedRoute(APIRoute):
+    """A route that knows who may call it."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        scope = getattr(endpoint, "__scope__", None)
+        if scope is None:
+            raise TypeError(f"route {path} declares no scope: put @requires(...) under its decorator")
+        self.scope: str = scope
+        super().__init__(path, endpoint, **options)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def permitted(request: Request) -> Response:
+            permit(exchange.of(request.scope).principal, self.scope)
+            return await handle(request)
+
+        return permitted
+
+
+def public_paths(routes: Iterable[BaseRoute]) -> frozenset[str]:
+    """The exact paths that need no key. Raises TypeError for a route that isn't under this module's control."""
+    public = set(DOCUMENTATION)
+    for route in routes:
+        if isinstance(route, ScopedRoute):
+            if route.scope == PUBLIC:
+                public.add(route.path)
+        elif not (isinstance(route, Route) and route.path in DOCUMENTATION):
+            raise TypeError(f"{route!r} is not a ScopedRoute, so nobody says who may call it")
+    return frozenset(public)

@@ -1,0 +1,122 @@
+"""Where models are reached: a name becomes a stream of chunks. The only module that knows Ray Serve's handles and Ray's errors.
+
+The gateway and tests see `Models`; `ServeModels` is its implementation over the Serve applications `model-NAME`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Protocol
+
+from cluster.errors import ModelNotFound, Overloaded, PlatformError, ReplicaLost, Unavailable
+from cluster.types import Chunk, Deployment, Generate
+
+STALE_S = 1.0
+"""Age at which the desired state and the readiness of models are asked again."""
+
+PROBE_S = 2.0
+"""A model that doesn't tell its facts within this time isn't ready."""
+
+
+class Models(Protocol):
+    """The served models, as the gateway sees them."""
+
+    async def list(self) -> Sequence[Deployment]:
+        """Every model that should be served, by name."""
+        ...
+
+    async def ready(self) -> dict[str, bool]:
+        """For every model whether it answers now."""
+        ...
+
+    def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
+        """Raises PlatformError, ModelNotFound among them, at the first item or later. Closing it cancels the model's work."""
+        ...
+
+
+class ServeModels:
+    """Models over Serve handles. `desired` reads the desired state; it may block, so it runs beside the event loop."""
+
+    def __init__(self, desired: Callable[[], Sequence[Deployment]], clock: Callable[[], float] = time.monotonic) -> None:
+        self._desired = desired
+        self._clock = clock
+        self._handles: dict[str, Any] = {}
+        self._listed: tuple[float, Sequence[Deployment]] | None = None
+        self._probed: tuple[float, dict[str, bool]] | None = None
+        self._listing, self._probing = asyncio.Lock(), asyncio.Lock()
+
+    async def list(self) -> Sequence[Deployment]:
+        async with self._listing:
+            if self._listed is None or self._clock() - self._listed[0] >= STALE_S:
+                asked = self._clock()
+                self._listed = asked, await asyncio.to_thread(self._desired)
+            return self._listed[1]
+
+    async def ready(self) -> dict[str, bool]:
+        async with self._probing:
+            if self._probed is None or self._clock() - self._probed[0] >= STALE_S:
+                names = [deployment.name for deployment in await self.list()]
+                answers = await asyncio.gather(*(self._answers(name) for name in names))
+                self._probed = self._clock(), dict(zip(names, answers, strict=True))
+            return self._probed[1]
+
+    async def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
+        await self._known(name)
+        response = None
+        try:
+            response = (await self._handle(name)).options(stream=True).generate.remote(request)
+            async for chunk in response:
+                yield chunk
+            response = None
+        except Exception as error:
+            response = None
+            raise platform_error(error, name) from error
+        finally:
+            if response is not None:  # the caller left, or the deadline passed
+                response.cancel()
+
+    async def _known(self, name: str) -> None:
+        served = sorted(deployment.name for deployment in await self.list())
+        if name not in served:
+            known = ", ".join(served) or "none yet"
+            raise ModelNotFound(f"The model {name[:256]!r} does not exist. Served models: {known}.", param="model")
+
+    async def _handle(self, name: str) -> Any:
+        if name not in self._handles:
+            self._handles[name] = await asyncio.to_thread(_serve_handle, name)
+        return self._handles[name]
+
+    async def _answers(self, name: str) -> bool:
+        try:
+            async with asyncio.timeout(PROBE_S):
+                await (await self._handle(name)).info.remote()
+        except Exception as error:
+            return isinstance(platform_error(error, name), Overloaded)  # too busy to say so is an answer, too
+        return True
+
+
+def _serve_handle(name: str) -> Any:
+    """The deployment `LLM` of the application `model-NAME`. Raises RayServeException when Serve has no such application."""
+    from ray import serve
+
+    return serve.get_deployment_handle("LLM", app_name=f"model-{name}")
+
+
+def platform_error(error: BaseException, name: str) -> PlatformError:
+    """What a failure of a handle call means to a caller."""
+    from ray import exceptions
+    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+
+    if isinstance(error, exceptions.RayTaskError):
+        error = error.cause
+    if isinstance(error, PlatformError):
+        return error
+    if isinstance(error, BackPressureError):
+        return Overloaded(f"The model {name!r} has no free place.", retry_after_s=error.retry_after_s or 1.0)
+    if isinstance(error, (exceptions.RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError)):
+        return ReplicaLost(f"The model {name!r} lost the replica that worked on this request.", retry_after_s=1.0)
+    if isinstance(error, (DeploymentUnavailableError, RayServeException, exceptions.TaskCancelledError, TimeoutError)):
+        return Unavailable(f"The model {name!r} can't answer now.", retry_after_s=1.0)
+    return PlatformError(f"{type(error).__name__} in the model {name!r}")

@@ -1,0 +1,96 @@
+"""Small real implementations of our own interfaces, for tests. A fake works; what it does can be set from outside."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Sequence
+
+from cluster.errors import ModelNotFound, Unauthenticated
+from cluster.types import Chunk, Delta, Deployment, Generate, Principal, TokenLogprob, TopLogprob, Usage
+
+ECHO = Deployment(name="echo", model="models:/echo@champion", created_at=1_700_000_000.0)
+
+
+def echo_chunks(request: Generate) -> Iterator[Chunk]:
+    """Repeats the last message or the prompt, a word a token, up to `max_tokens` or a stop string; every choice alike."""
+    sampling, words, reason = request.sampling, _words(request), "stop"
+    if sampling.max_tokens is not None and sampling.max_tokens < len(words):
+        words, reason = words[: sampling.max_tokens], "length"
+    for stop in sampling.stop:
+        if any(stop in word for word in words):
+            words = words[: next(i for i, word in enumerate(words) if stop in word)]
+            reason = "stop"
+    for word in words:
+        logprobs = (_logprob(word, sampling.logprobs),) if sampling.logprobs is not None else ()
+        yield Chunk(tuple(Delta(i, word, token_ids=(len(word),), logprobs=logprobs) for i in range(sampling.n)))
+    usage = Usage(prompt_tokens=7, completion_tokens=len(words) * sampling.n, cached_tokens=3)
+    yield Chunk(tuple(Delta(i, "", finish_reason=reason) for i in range(sampling.n)), usage)
+
+
+def _words(request: Generate) -> list[str]:
+    if request.prompt_ids is not None:
+        return [f"<{token}>" for token in request.prompt_ids]
+    text = request.prompt if request.prompt is not None else request.messages[-1].content
+    first, *rest = text.split(" ")
+    return [first, *(f" {word}" for word in rest)] if text else []
+
+
+def _logprob(word: str, k: int) -> TokenLogprob:
+    top = tuple(TopLogprob(f"{word}{i or ''}", f"{word}{i or ''}".encode(), -0.5 - i) for i in range(k))
+    return TokenLogprob(word, word.encode(), -0.5, top)
+
+
+class EchoModels:
+    """`Models` with one model, `echo`. The attributes say how slow it is and where it fails."""
+
+    def __init__(self, deployments: Sequence[Deployment] = (ECHO,)) -> None:
+        self.deployments = list(deployments)
+        self.first_delay_s = 0.0
+        self.delay_s = 0.0
+        self.error: Exception | None = None
+        self.fail_after = 0  # chunks before `error`
+        self.healthy = True
+        self.requests: list[Generate] = []
+        self.open = 0  # streams that run now
+
+    async def list(self) -> Sequence[Deployment]:
+        return self.deployments
+
+    async def ready(self) -> dict[str, bool]:
+        return {deployment.name: self.healthy for deployment in self.deployments}
+
+    async def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
+        self.requests.append(request)
+        if name not in {deployment.name for deployment in self.deployments}:
+            raise ModelNotFound(f"The model {name!r} does not exist.", param="model")
+        self.open += 1
+        try:
+            await asyncio.sleep(self.first_delay_s)
+            for number, chunk in enumerate(echo_chunks(request)):
+                if self.error is not None and number >= self.fail_after:
+                    raise self.error
+                yield chunk
+                await asyncio.sleep(self.delay_s)
+        finally:
+            self.open -= 1
+
+
+class KeyRing:
+    """`verify` over a dictionary of keys. Counts look-ups."""
+
+    USER = "mk_user_0123456789"
+    ADMIN = "mk_admin_0123456789"
+
+    def __init__(self) -> None:
+        self.principals = {
+            self.USER: Principal("acme", "key_user", frozenset({"inference"})),
+            self.ADMIN: Principal("acme", "key_admin", frozenset({"inference", "admin"})),
+            "mk_no_scope_012345": Principal("acme", "key_none", frozenset()),
+        }
+        self.lookups = 0
+
+    def verify(self, text: str) -> Principal:
+        self.lookups += 1
+        if text not in self.principals:
+            raise Unauthenticated("Incorrect API key provided.")
+        return self.principals[text]
