@@ -43,6 +43,7 @@ def environment(settings: Settings, directory: Path) -> dict[str, str]:
     hard_stop_s = int(settings.gateway.max_stream_s) + 60
     first = settings.gateway.internal_port
     common = {
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.gateway.front:middlewares",
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
         "RAY_SERVE_KV_TIMEOUT_S": "5",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",

@@ -16,9 +16,7 @@ from deployments.engine.tokenizer import Tokenizer
 class Answer:
     """The choices of one request. `stop_choice(index)` is called when a choice's text meets a stop string."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, request: Request, *, is_chat: bool, stop_choice: Callable[[int], None]
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, request: Request, *, is_chat: bool, stop_choice: Callable[[int], None]) -> None:
         self._tokenizer = tokenizer
         self._request = request
         self._stop_choice = stop_choice

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 from ray import serve
 
+from cluster import ingress
 from cluster import log as logs
 from cluster.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 from cluster.settings import Settings
@@ -39,8 +40,10 @@ SEED_BITS = 63
 class LLM:
     """Serves one model directory."""
 
-    async def __init__(self, deployment: Deployment, directory: str, cache_secret: bytes, settings: dict[str, Any]) -> None:
-        self._settings = Settings(**settings)
+    async def __init__(self, deployment: Deployment, directory: str, digest: str, cache_secret: bytes, settings: Settings) -> None:  # type: ignore[misc]
+        ingress.bind_inside()
+        self._settings = settings
+        self._digest = digest
         logs.configure(self._settings.log_level)
         self._deployment = deployment
         self._cache_secret = cache_secret
@@ -81,7 +84,12 @@ class LLM:
 
     async def info(self) -> dict[str, Any]:
         """What a caller may want to know before it asks."""
-        return {"name": self._deployment.name, "max_model_len": self._room, "can_chat": self._tokenizer.can_chat} | {
+        return {
+            "name": self._deployment.name,
+            "digest": self._digest,
+            "max_model_len": self._room,
+            "can_chat": self._tokenizer.can_chat,
+        } | {
             "model_type": self._model.model_type,
             "num_parameters": self._model.num_parameters,
             "tp": self._deployment.tp,
@@ -91,7 +99,8 @@ class LLM:
     async def stats(self) -> dict[str, Any]:
         """The engine's own counters, and the ranks' pids."""
         engine = self._group.engine
-        return msgspec.to_builtins(engine.stats) | {"streams": engine.num_streams, "pids": self._group.pids}
+        counters: dict[str, Any] = msgspec.to_builtins(engine.stats)
+        return counters | {"streams": engine.num_streams, "pids": self._group.pids}
 
     async def check_health(self) -> None:
         """Serve asks every few seconds. A group is well while every rank advances: rank 0 reports only after a step or a ping
@@ -150,7 +159,7 @@ def pause_s(num_streams: int) -> float:
     return min(0.05, 0.0005 * (num_streams - 1))
 
 
-def build(deployment: Deployment, directory: str, cache_secret: bytes, settings: Settings) -> serve.Application:
+def build(deployment: Deployment, directory: str, digest: str, cache_secret: bytes, settings: Settings) -> serve.Application:
     """The Serve application of one model. Replicas need `tp` bundles of `engine.cpus_per_shard` CPUs each."""
     engine = settings.engine
     capacity = engine.max_sequences + engine.max_queued
@@ -176,5 +185,4 @@ def build(deployment: Deployment, directory: str, cache_secret: bytes, settings:
         max_constructor_retry_count=1,
         **scaling,
     )
-    return options(LLM).bind(deployment, directory, cache_secret, settings.model_dump(mode="json"))  # type: ignore[no-any-return]
-
+    return options(LLM).bind(deployment, directory, digest, cache_secret, settings)

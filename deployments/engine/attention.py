@@ -172,18 +172,18 @@ def paged_attention(
     queries = query[0].transpose(0, 1)  # T x H x D
     output = queries.new_empty(queries.shape[0], queries.shape[1], values.shape[2])
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    kv_heads = keys.shape[1]
+    kv_heads, size = keys.shape[1], paged.cache.block_size
     for group in paged.groups:
         rows = slice(group.first, group.first + len(group.lengths))
-        q = queries[rows].unflatten(1, (kv_heads, -1))  # B x K x G x D
-        k, v = (_read(pages, group.table, paged.cache.block_size).unflatten(0, (-1, group.width)) for pages in (keys, values))
-        bias = group.bias(sliding_window, q.dtype)
+        q = queries[rows].reshape(len(group.lengths), kv_heads, -1, queries.shape[2])  # B x K x G x D
+        k, v = (_read(pages, group.table, size).view(-1, group.width, *pages.shape[1:]) for pages in (keys, values))
+        bias: Tensor | None = group.bias(sliding_window, q.dtype)
         output[rows] = _attend(q, k.transpose(1, 2), v.transpose(1, 2), bias, scale, softcap).flatten(1, 2)
     for chunk in paged.chunks:
         rows = slice(chunk.first, chunk.first + chunk.count)
         k, v = new_key[rows], new_value[rows]
         if chunk.start:
-            k, v = (_read(pages, chunk.table, paged.cache.block_size)[: chunk.start + chunk.count] for pages in (keys, values))
+            k, v = (_read(pages, chunk.table, size)[: chunk.start + chunk.count] for pages in (keys, values))
         q, k, v = (x.transpose(0, 1)[None] for x in (queries[rows], k, v))  # 1 x heads x length x D
         bias = chunk.bias(sliding_window, q.dtype)
         output[rows] = _attend(q, k, v, bias, scale, softcap)[0].transpose(0, 1)

@@ -58,7 +58,8 @@ def frame(message: Command | Report) -> bytes:
 async def read_report(reader: asyncio.StreamReader) -> Report:
     """Raises asyncio.IncompleteReadError when rank 0 is gone."""
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    return _reports.decode(await reader.readexactly(length))
+    report: Report = _reports.decode(await reader.readexactly(length))
+    return report
 
 
 class LeaderEnd:

@@ -82,7 +82,9 @@ class Group:
             raise ModelNotServable(f"DeepSpeed can't cut {type(model).__name__} into {self.size} parts: {error}") from error
         after = sum(parameter.numel() for parameter in engine.module.parameters())
         if after == before:
-            raise ModelNotServable(f"DeepSpeed left {type(model).__name__} whole on each of {self.size} ranks; serve it with --tp 1")
+            raise ModelNotServable(
+                f"DeepSpeed left {type(model).__name__} whole on each of {self.size} ranks; serve it with --tp 1"
+            )
         log.info("sharded", extra={"rank": self.rank, "parameters": after, "of": before})
         return engine.module  # type: ignore[no-any-return]
 
@@ -148,7 +150,7 @@ def _set_environment(rendezvous: Rendezvous) -> None:
 def _has_compiler() -> bool:
     found = all(shutil.which(program) for program in ("g++", "ninja"))
     if not found:
-        log.warning("no g++ and ninja: ranks reduce over gloo instead of shared memory; install both, or set engine.shared_memory=false")
+        log.warning("no g++ and ninja: ranks reduce over gloo, not shared memory; install both or set engine.shared_memory=false")
     return found
 
 

@@ -80,9 +80,9 @@ class Runner:
             paged = self.run(_merge(ends))
         except (TypeError, KeyError, AttributeError) as error:
             raise ModelNotServable(f"{self._name} doesn't use transformers' attention interface: {error!r}") from error
-        error = float((whole - paged).abs().max() / whole.abs().max().clamp_min(1e-6))
-        if not error < TOLERANCE[whole.dtype]:
-            raise ModelNotServable(f"{self._name} gives other logits when its cache is paged (relative error {error:.2g})")
+        difference = float((whole - paged).abs().max() / whole.abs().max().clamp_min(1e-6))
+        if not difference < TOLERANCE[whole.dtype]:
+            raise ModelNotServable(f"{self._name} gives other logits when its cache is paged (relative error {difference:.2g})")
 
     @property
     def _name(self) -> str:
@@ -90,11 +90,15 @@ class Runner:
 
 
 def _probe(tokens: list[int], *, start: int, table: list[int]) -> Batch:
-    ints = (np.array(values, np.int32) for values in (tokens, [start], [len(tokens)], [0], [table]))
-    return Batch(*ints)
+    one, last = np.array([len(tokens)], np.int32), np.zeros(1, np.int32)
+    return Batch(np.array(tokens, np.int32), np.array([start], np.int32), one, last, np.array([table], np.int32))
 
 
 def _merge(batches: tuple[Batch, Batch]) -> Batch:
-    names = ("tokens", "starts", "counts")
-    joined = [np.concatenate([getattr(batch, name) for batch in batches]) for name in names]
-    return Batch(*joined, np.arange(2, dtype=np.int32), np.concatenate([batch.tables for batch in batches]))
+    return Batch(
+        np.concatenate([batch.tokens for batch in batches]),
+        np.concatenate([batch.starts for batch in batches]),
+        np.concatenate([batch.counts for batch in batches]),
+        np.arange(2, dtype=np.int32),
+        np.concatenate([batch.tables for batch in batches]),
+    )

@@ -49,7 +49,7 @@ def sample(logits: Tensor, sequences: Items[Sequence]) -> list[Sampled]:
 
 
 def adjust(row: Tensor, sequence: Sequence) -> Tensor:
-    """Penalties and bias on one row of V logits. Repetition (CTRL, Keskar 2019) looks at prompt and output, the others at output."""
+    """Penalties and bias on one row of V logits. Repetition (CTRL, Keskar 2019) looks at all tokens, the others at the output."""
     sampling = sequence.sampling
     row = row.float()
     if sampling.repetition_penalty != 1.0:
@@ -73,7 +73,7 @@ def draw(logits: Tensor, sequences: Items[Sequence]) -> list[int]:
     if any(s.sampling.top_k or s.sampling.top_p < 1 or s.sampling.min_p for s in sequences):
         logits = truncate(logits, [s.sampling for s in sequences])
     noise = torch.stack([gumbel(s.seed, s.num_output, logits.shape[1]) for s in sequences])
-    return (logits + noise).argmax(-1).tolist()  # type: ignore[no-any-return]
+    return (logits + noise).argmax(-1).tolist()
 
 
 def truncate(logits: Tensor, samplings: Items[Sampling]) -> Tensor:

@@ -11,8 +11,8 @@ from cluster.types import FinishReason, Sampling
 class Sequence:
     """`tokens` = prompt + output. The KV cache holds the first `num_computed` of them, in `blocks` in order.
 
-        |<- num_prompt ->|<- output ->|
-        |<- num_computed ->|<- pending ->|
+    |<- num_prompt ->|<- output ->|
+    |<- num_computed ->|<- pending ->|
     """
 
     request_id: int

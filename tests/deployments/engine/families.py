@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+VOCABULARY = 288
+
 SHAPE: dict[str, Any] = {
-    "vocab_size": 64,
+    "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 128,  # DeepSpeed deals out columns by 64
     "num_hidden_layers": 2,
@@ -37,11 +39,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-
 def build(family: str, directory: Path, *, seed: int = 0) -> Path:
     """A model directory with weights large enough that every token depends on the whole context."""
-    import tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family])).float()
@@ -51,10 +51,26 @@ def build(family: str, directory: Path, *, seed: int = 0) -> Path:
     if model.config.tie_word_embeddings:  # else a token's own embedding wins over everything that the layers say
         torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.05)
     model.save_pretrained(directory)
-    words = {f"w{number}": number for number in range(64)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(directory)
+    build_tokenizer().save_pretrained(directory)
     return directory
+
+
+def build_tokenizer() -> Any:
+    """Byte-level BPE of `VOCABULARY` tokens with a chat template; the last token ends a turn."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 1, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([__doc__ or ""] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.add_special_tokens({"eos_token": "<|end|>"})
+    fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>\n{% endfor %}assistant:"
+    assert len(fast) == VOCABULARY
+    return fast
 
 
 def reference(directory: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ from cluster.errors import ModelNotServable
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.local import LocalEngine
-from tests.deployments.engine.families import build, reference
+from tests.deployments.engine.families import VOCABULARY, build, reference
 from tests.deployments.engine.ranks import Report, run_on_two_ranks
 
 SERVABLE = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt_neox", "opt"]
@@ -26,7 +26,7 @@ TIGHT = EngineSettings(block_size=4, kv_cache_bytes=1 << 22, max_batch_tokens=16
 
 def prompts(seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
-    return [[rng.randrange(1, 64) for _ in range(length)] for length in LENGTHS]
+    return [[rng.randrange(1, VOCABULARY) for _ in range(length)] for length in LENGTHS]
 
 
 @pytest.fixture(scope="module")

@@ -177,7 +177,7 @@ def test_everything_finishes_in_arrival_order_of_first_tokens_without_preemption
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Random arrivals, steps and aborts over a pool that is too small: nothing starves, nothing leaks, decoders never wait in vain."""
+    """Random arrivals, steps and aborts over a pool that is too small: nothing starves, nothing leaks."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,135 @@
+"""The sampler against transformers' logits processors and plain arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from cluster.types import Sampling
+from deployments.engine.sampler import adjust, draw, gumbel, sample, truncate
+from deployments.engine.sequence import Sequence
+
+SIZE = 50
+
+
+def sequence(sampling: Sampling, *, prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (), **fields: object) -> Sequence:
+    options = {"max_tokens": 100, "stop_ids": frozenset(), "seed": 7, "request_id": 0, "index": 0} | fields
+    return Sequence(tokens=[*prompt, *output], num_prompt=len(prompt), sampling=sampling, **options)  # type: ignore[arg-type]
+
+
+def random_logits(seed: int, rows: int = 1) -> torch.Tensor:
+    return torch.randn(rows, SIZE, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@limits(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    temperature=st.floats(0.2, 2),
+    top_k=st.integers(1, SIZE),
+    top_p=st.floats(0.05, 0.99),
+    min_p=st.floats(0.01, 0.9),
+)
+def test_truncation_keeps_the_tokens_that_transformers_keeps(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    logits = TemperatureLogitsWarper(temperature)(None, random_logits(seed))
+    expected = logits
+    for warper in (TopKLogitsWarper(top_k), TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)):
+        expected = warper(None, expected)
+    actual = truncate(logits, [Sampling(top_k=top_k, top_p=top_p, min_p=min_p)])
+    assert torch.equal(actual.isfinite(), expected.isfinite())
+    assert torch.equal(actual[actual.isfinite()], logits[actual.isfinite()])
+
+
+def test_each_row_is_truncated_by_its_own_rules() -> None:
+    logits = random_logits(0, rows=3)
+    kept = truncate(logits, [Sampling(top_k=3), Sampling(), Sampling(top_p=1e-9)]).isfinite().sum(1)
+    assert kept.tolist() == [3, SIZE, 1]
+
+
+@given(seed=st.integers(0, 1000), penalty=st.floats(0.5, 2), tokens=st.lists(st.integers(0, SIZE - 1), min_size=1, max_size=30))
+@limits(max_examples=50, deadline=None)
+def test_repetition_penalty_is_that_of_transformers(seed: int, penalty: float, tokens: list[int]) -> None:
+    logits = random_logits(seed)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([tokens]), logits.clone())
+    actual = adjust(logits[0].clone(), sequence(Sampling(repetition_penalty=penalty), prompt=tuple(tokens)))
+    torch.testing.assert_close(actual, expected[0])
+
+
+def test_frequency_and_presence_count_the_output_alone() -> None:
+    logits = torch.zeros(SIZE)
+    sampling = Sampling(frequency_penalty=0.5, presence_penalty=0.25)
+    actual = adjust(logits, sequence(sampling, prompt=(9, 9), output=(3, 3, 4)))
+    assert actual[[3, 4, 9]].tolist() == [-1.25, -0.75, 0.0]
+
+
+def test_logit_bias_can_force_and_forbid() -> None:
+    logits = random_logits(1)
+    forced = sample(logits.clone(), [sequence(Sampling(temperature=0, logit_bias=((8, 100.0),)))])
+    assert forced[0].token == 8
+    best = int(logits.argmax())
+    assert sample(logits.clone(), [sequence(Sampling(temperature=0, logit_bias=((best, -100.0),)))])[0].token != best
+
+
+def test_end_cannot_come_before_min_tokens() -> None:
+    logits = torch.zeros(1, SIZE)
+    logits[0, 5] = 10
+    early = sequence(Sampling(temperature=0, min_tokens=2), output=(1,), stop_ids=frozenset({5}))
+    late = sequence(Sampling(temperature=0, min_tokens=2), output=(1, 1), stop_ids=frozenset({5}))
+    assert sample(logits.clone(), [early])[0].token != 5
+    assert sample(logits.clone(), [late])[0].token == 5
+
+
+def test_draws_follow_the_softmax() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    total = 20_000
+    items = [sequence(Sampling(), seed=seed) for seed in range(total)]
+    tokens = torch.tensor(draw(logits.expand(total, -1), items))
+    expected = logits[0].softmax(-1) * total
+    chi_square = ((torch.bincount(tokens, minlength=4) - expected) ** 2 / expected).sum()
+    assert chi_square < 16.3, "p < 0.001 for three degrees of freedom"
+
+
+def test_draws_of_one_seed_differ_from_place_to_place_but_not_from_run_to_run() -> None:
+    places = [gumbel(3, position, SIZE) for position in range(4)]
+    assert len({tuple(noise.tolist()) for noise in places}) == 4
+    assert all(torch.equal(noise, gumbel(3, position, SIZE)) for position, noise in enumerate(places))
+    assert not torch.equal(gumbel(3, 0, SIZE), gumbel(4, 0, SIZE))
+    assert all(noise.isfinite().all() for noise in places)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1])
+def test_any_seed_of_64_bits_gives_finite_noise(seed: int) -> None:
+    assert gumbel(seed, 2**31, 1000).isfinite().all()
+
+
+def test_batch_mates_change_no_choice() -> None:
+    logits = random_logits(5, rows=4)
+    samplings = [Sampling(temperature=0), Sampling(top_p=0.5), Sampling(top_k=4, temperature=1.5), Sampling(repetition_penalty=1.3)]
+    items = [sequence(sampling, seed=number) for number, sampling in enumerate(samplings)]
+    together = sample(logits.clone(), items)
+    alone = [sample(logits[row : row + 1].clone(), [item])[0] for row, item in enumerate(items)]
+    assert together == alone
+
+
+def test_logprobs_are_the_models_own_whatever_the_sampling() -> None:
+    logits = random_logits(2, rows=2)
+    own = torch.log_softmax(logits, -1)
+    plain, steered = Sampling(temperature=0, logprobs=2), Sampling(temperature=0, logprobs=0, logit_bias=((11, 100.0),))
+    first, second = sample(logits.clone(), [sequence(plain), sequence(steered)])
+    assert math.isclose(first.logprob or 0, float(own[0, first.token]), rel_tol=1e-5)
+    assert [token for token, _ in first.top] == own[0].topk(2).indices.tolist()
+    assert (second.token, second.top) == (11, ())
+    assert math.isclose(second.logprob or 0, float(own[1, 11]), rel_tol=1e-5)
