@@ -41,18 +41,16 @@ class Answer:
         return Usage(len(self._request.prompt), self._num_tokens, self._num_cached)
 
     def _delta(self, index: int, outputs: list[Output]) -> Delta:
-        detokenizer = self._texts[index]
+        detokenizer, reason = self._texts[index], outputs[-1].finish_reason
         news = detokenizer.push([output.token for output in outputs])
-        outputs = outputs[: news.num_tokens]
-        text, reason = news.text, outputs[-1].finish_reason
+        text = news.text
         if reason and not news.stopped:
-            rest = detokenizer.finish()
-            text += rest.text
+            text += detokenizer.finish().text
         if detokenizer.stopped:
             if reason is None:
                 self._stop_choice(index)
             reason = "stop"
-        return self._closed(index, outputs, text, reason)
+        return self._closed(index, outputs[: news.num_tokens], text, reason)
 
     def _closed(self, index: int, outputs: list[Output], text: str, reason: FinishReason | None) -> Delta:
         self._num_tokens += len(outputs)

@@ -71,6 +71,12 @@ class LeaderEnd:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="commands", daemon=True).start()
 
+    def __enter__(self) -> LeaderEnd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
     def send(self, report: Report) -> None:
         self._socket.sendall(frame(report))
 

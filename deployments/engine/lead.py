@@ -14,8 +14,13 @@ BEAT_S = 1.0
 def lead(shard: Shard, path: str) -> None:
     """Serve the replica that listens at `path`. Raises what breaks the group; returns when the replica is gone."""
     engine = Engine.of(shard.execute, shard.spec.num_blocks, shard.spec.settings)
-    wire = LeaderEnd(path)
-    wire.send(Beat(engine.stats()))
+    with LeaderEnd(path) as wire:
+        wire.send(Beat(engine.stats()))
+        _loop(shard, engine, wire)
+    shard.stop()
+
+
+def _loop(shard: Shard, engine: Engine, wire: LeaderEnd) -> None:
     last_beat = time.monotonic()
     while (commands := wire.take(0.0 if engine.has_work else BEAT_S)) is not None:
         for command in commands:
@@ -33,4 +38,3 @@ def lead(shard: Shard, path: str) -> None:
         if commands or time.monotonic() - last_beat >= BEAT_S:
             wire.send(Beat(engine.stats()))
             last_beat = time.monotonic()
-    shard.stop()

@@ -1,0 +1,136 @@
+"""The engine behind its real socket: rank 0's loop runs in a thread, the replica's end on the test's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cluster.errors import ReplicaLost
+from cluster.settings import EngineSettings
+from deployments.engine.batch import Batch
+from deployments.engine.lead import lead
+from deployments.engine.remote import RemoteEngine
+from tests.deployments.engine.arithmetic import count_up, request
+
+
+@dataclass
+class CountingShard:
+    """Stands for a loaded rank: counts up, and can be told to break or to wait."""
+
+    spec: SimpleNamespace = field(
+        default_factory=lambda: SimpleNamespace(num_blocks=64, settings=EngineSettings(block_size=4, max_sequences=8))
+    )
+    broken: bool = False
+    gate: threading.Event = field(default_factory=threading.Event)
+    pings: int = 0
+    stopped: bool = False
+
+    def execute(self, batch: Batch) -> object:
+        self.gate.wait()
+        if self.broken:
+            raise RuntimeError("peer closed the connection")
+        return count_up(batch)
+
+    def ping(self) -> None:
+        self.pings += 1
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.fixture
+async def pair(tmp_path: Path) -> AsyncIterator[tuple[RemoteEngine, CountingShard]]:
+    engine, shard = RemoteEngine(tmp_path / "rank0.sock"), CountingShard()
+    shard.gate.set()
+    await engine.listen()
+    thread = threading.Thread(target=_run, args=(shard, str(engine.path)))
+    thread.start()
+    await engine.connected()
+    yield engine, shard
+    shard.gate.set()
+    if engine._writer:
+        engine._writer.close()
+    await asyncio.to_thread(thread.join, 10)
+    assert not thread.is_alive(), "rank 0 ends when the replica hangs up"
+
+
+def _run(shard: CountingShard, path: str) -> None:
+    try:
+        lead(shard, path)  # type: ignore[arg-type]
+    except RuntimeError:
+        assert shard.broken
+
+
+async def collect(engine: RemoteEngine, number: int, prompt: list[int], **options: object) -> list[int]:
+    items = engine.generate(request(number, prompt, **options))  # type: ignore[arg-type]
+    return [output.token async for outputs in items for output in outputs]
+
+
+async def until(condition: object) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0.02)
+
+
+async def test_streams_run_side_by_side_and_never_cross(pair: tuple[RemoteEngine, CountingShard]) -> None:
+    engine, _ = pair
+    answers = await asyncio.gather(*(collect(engine, number, [number], max_tokens=20) for number in range(1, 40)))
+    assert answers == [[number + place for place in range(1, 21)] for number in range(1, 40)]
+    assert engine.num_streams == 0
+
+
+async def test_leaving_a_stream_aborts_it(pair: tuple[RemoteEngine, CountingShard]) -> None:
+    engine, _ = pair
+    stream = engine.generate(request(1, [1], 10_000 // 50))
+    await anext(stream)
+    await stream.aclose()  # type: ignore[attr-defined]
+    await until(lambda: engine.stats.aborted == 1 and engine.stats.blocks_used == 0)
+
+
+async def test_stopped_choice_sends_nothing_more_and_the_other_goes_on(pair: tuple[RemoteEngine, CountingShard]) -> None:
+    engine, _ = pair
+    seen: dict[int, int] = {0: 0, 1: 0}
+    async for outputs in engine.generate(request(1, [1], 150, n=2)):
+        for output in outputs:
+            seen[output.index] += 1
+        if seen[0] and 0 in {output.index for output in outputs}:
+            engine.abort(1, 0)
+    assert seen[1] == 150
+    assert seen[0] < 150
+
+
+async def test_idle_group_is_pinged_and_that_counts_as_progress(pair: tuple[RemoteEngine, CountingShard]) -> None:
+    engine, shard = pair
+    await until(lambda: shard.pings >= 2)
+    assert engine.silence_s < 5
+
+
+async def test_hung_step_is_silence(pair: tuple[RemoteEngine, CountingShard]) -> None:
+    engine, shard = pair
+    shard.gate.clear()
+    task = asyncio.create_task(collect(engine, 1, [1]))
+    await until(lambda: engine.silence_s > 2.5)
+    shard.gate.set()
+    assert await task == [2, 3, 4, 5]
+    assert engine.silence_s < 2
+
+
+async def test_broken_step_ends_every_stream_with_an_error(pair: tuple[RemoteEngine, CountingShard]) -> None:
+    engine, shard = pair
+    shard.gate.clear()
+    tasks = [asyncio.create_task(collect(engine, number, [number], max_tokens=50)) for number in range(1, 6)]
+    await until(lambda: engine.num_streams == 5)
+    shard.broken = True
+    engine.fail("a shard of the model's group died")
+    shard.gate.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(result, ReplicaLost) for result in results)
+    with pytest.raises(ReplicaLost):
+        await collect(engine, 9, [9])
+    shard.broken = True

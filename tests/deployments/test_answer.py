@@ -1,0 +1,73 @@
+"""One answer's text from its tokens, with a real byte-level tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.types import Chunk, Sampling, Usage
+from deployments.answer import Answer
+from deployments.engine.engine import Output, Request
+from deployments.engine.tokenizer import Tokenizer
+from tests.deployments.engine.families import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    build_tokenizer().save_pretrained(directory)
+    (directory / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 256}')
+    return Tokenizer.load(directory)
+
+
+def feed(tokenizer: Tokenizer, text: str, *, step: int = 1, stop: tuple[str, ...] = (), n: int = 1) -> tuple[list[Chunk], list[int]]:
+    """The chunks of an answer `text` that arrives `step` tokens at a time, and the choices that were stopped."""
+    stopped: list[int] = []
+    request = Request(1, tokenizer.encode("hello"), Sampling(stop=stop, n=n), 1000, [], 0)
+    answer = Answer(tokenizer, request, is_chat=True, stop_choice=stopped.append)
+    tokens = tokenizer.encode(text)
+    chunks = []
+    for start in range(0, len(tokens), step):
+        last = start + step >= len(tokens)
+        outputs = [
+            Output(1, index, token, finish_reason="length" if last and place == len(tokens[start : start + step]) - 1 else None)
+            for index in range(n)
+            for place, token in enumerate(tokens[start : start + step])
+        ]
+        chunks.append(answer.take(outputs))
+    return chunks, stopped
+
+
+def text_of(chunks: list[Chunk], index: int = 0) -> str:
+    return "".join(delta.text for chunk in chunks for delta in chunk.deltas if delta.index == index)
+
+
+@pytest.mark.parametrize("step", [1, 3, 100])
+def test_text_is_whole_however_it_arrives(tokenizer: Tokenizer, step: int) -> None:
+    text = "naïve 日本語 🙂 ok"
+    chunks, _ = feed(tokenizer, text, step=step)
+    assert text_of(chunks) == text
+    assert not any("�" in delta.text for chunk in chunks for delta in chunk.deltas)
+
+
+@pytest.mark.parametrize("step", [1, 4, 100])
+def test_stop_string_cuts_the_text_and_stops_the_choice(tokenizer: Tokenizer, step: int) -> None:
+    chunks, stopped = feed(tokenizer, "one two STOP three four five", step=step, stop=("STOP",))
+    assert text_of(chunks) == "one two "
+    final = next(chunk for chunk in chunks if chunk.usage)
+    assert final.deltas[-1].finish_reason == "stop"
+    assert stopped == ([0] if step < 100 else []), "a choice that has finished by itself needs no stopping"
+    assert not any(chunk.deltas for chunk in chunks[chunks.index(final) + 1 :]), "nothing comes after the end"
+
+
+def test_usage_counts_the_tokens_that_were_used(tokenizer: Tokenizer) -> None:
+    chunks, _ = feed(tokenizer, "abc", n=2)
+    assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].usage == Usage(len(tokenizer.encode("hello")), 2 * len(tokenizer.encode("abc")))
+
+
+def test_held_back_text_comes_with_the_end(tokenizer: Tokenizer) -> None:
+    chunks, _ = feed(tokenizer, "say ST", stop=("STOP",))
+    assert text_of(chunks) == "say ST"
+    assert chunks[-1].deltas[-1].finish_reason == "length"
