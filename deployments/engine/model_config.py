@@ -1,9 +1,10 @@
-"""The JSON files of a model directory, read with suspicion. Knows nothing of weights and runs nothing of the model."""
+"""config.json and its kin, read with suspicion: the shape of a model, and no more. Runs nothing and knows nothing of weights."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from cluster.errors import ModelNotServable
 
 MAX_JSON_BYTES = 256 << 20
 """Longest JSON file that is read: the largest tokenizer.json in use has some 40 MB."""
+_CODE_KEYS = re.compile(r"auto_map|trust_remote_code|.*_implementation.*|custom_(?:generate|pipelines|code)|.*kernels?(?:_config)?")
+_PRIVATE_KEYS = {"_name_or_path", "_commit_hash", "_remove_final_layer_norm", "_sliding_window_pattern"}
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@\S+|:\S+)?")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -28,13 +32,37 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_runs_no_code(config: Mapping[str, Any]) -> None:
+    """Raises ModelNotServable for keys by which a configuration has made, or could make, transformers fetch and run code: named
+    ones, private ones (CVE-2026-4372 was `_attn_implementation_internal`) and any value that has the form of a repository."""
+    for key, value in _walk(config):
+        if _CODE_KEYS.fullmatch(key.lower()) or (key.startswith("_") and key not in _PRIVATE_KEYS):
+            raise ModelNotServable(f"config.json: {key!r:.80} can make the loader run other code; remove it")
+        if isinstance(value, str) and key != "_name_or_path" and _REPOSITORY.fullmatch(value):
+            raise ModelNotServable(
+                f"config.json: {key!r:.80} names the repository {value!r:.80}, and nothing is fetched; remove it"
+            )
+
+
+def _walk(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every key with its value at any depth; a list's items bear the list's key."""
+    pending: list[tuple[str, Any]] = list(config.items())
+    while pending:
+        key, value = pending.pop()
+        yield key, value
+        if isinstance(value, dict):
+            pending.extend(value.items())
+        elif isinstance(value, list):
+            pending.extend((key, item) for item in value)
+
+
 def positive(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:
     """The first of `names` that is set, as a positive integer. Raises ModelNotServable without one."""
     for name in names:
         value = config.get(name)
         if value is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 40:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
             raise ModelNotServable(f"config.json: {name} must be a positive integer, not {value!r:.80}")
         return value
     if default is None:
