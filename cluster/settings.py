@@ -161,10 +161,13 @@ class Settings(BaseSettings):
         return init_settings, env_settings, *([YamlConfigSettingsSource(settings_cls, file)] if file else [])
 
 
+_NOT_SETTINGS = frozenset({"MMAAS_CONFIG", "MMAAS_API_KEY"})  # the second is the client's
+
+
 def load(**overrides: Any) -> Settings:
     """Read, merge and check every source. Raises SettingsError that names the offending keys and what to write instead."""
     for variable in os.environ:
-        if variable.startswith("MMAAS_") and variable != "MMAAS_CONFIG":
+        if variable.startswith("MMAAS_") and variable not in _NOT_SETTINGS:
             _check(variable.removeprefix("MMAAS_").lower().replace("__", "."), f"environment variable {variable}")
     if file := _file(overrides.get("home")):
         _check_tree(_read_yaml(file), str(file))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +17,6 @@ import uvicorn
 from cluster.settings import GatewaySettings
 from deployments.gateway.app import build_app
 from tests.fakes import EchoModels, KeyRing
-
-_ports = itertools.count(int(os.environ.get("MMAAS_TEST_PORT", "23100")))
 
 
 @dataclass
@@ -40,7 +37,7 @@ class Server:
 def serving(keepalive_s: float = 15.0, **options: object) -> Iterator[Server]:
     models, keys = EchoModels(), KeyRing()
     app = build_app(models, keys.verify, GatewaySettings(**options), keepalive_s=keepalive_s)
-    with contextlib.closing(_listener()) as listener:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, http="httptools", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -48,18 +45,6 @@ def serving(keepalive_s: float = 15.0, **options: object) -> Iterator[Server]:
         yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", models, keys)
         server.should_exit = True
         thread.join(10)
-
-
-def _listener() -> object:
-    import socket
-
-    for port in _ports:
-        with contextlib.suppress(OSError):
-            listener = socket.socket()
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("127.0.0.1", port))
-            return listener
-    raise AssertionError("unreachable")
 
 
 def eventually(holds: Callable[[], bool], seconds: float = 10.0) -> None:

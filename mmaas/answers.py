@@ -1,0 +1,98 @@
+"""Answers as typed objects, in the official API's shape. Fields that a later server adds are ignored."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+
+class Usage(Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TopToken(Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class Token(Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopToken] = []
+
+
+class Logprobs(Struct, frozen=True):
+    content: list[Token]
+
+
+class Message(Struct, frozen=True):
+    role: str
+    content: str
+
+
+class Choice(Struct, frozen=True):
+    index: int
+    message: Message
+    finish_reason: str
+    logprobs: Logprobs | None = None
+
+
+class ChatCompletion(Struct, frozen=True):
+    id: str
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class Delta(Struct, frozen=True):
+    role: str | None = None
+    content: str | None = None
+
+
+class ChunkChoice(Struct, frozen=True):
+    index: int
+    delta: Delta
+    finish_reason: str | None = None
+    logprobs: Logprobs | None = None
+
+
+class ChatCompletionChunk(Struct, frozen=True):
+    id: str
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+class TextLogprobs(Struct, frozen=True):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(Struct, frozen=True):
+    index: int
+    text: str
+    finish_reason: str | None = None
+    logprobs: TextLogprobs | None = None
+
+
+class Completion(Struct, frozen=True):
+    """A whole answer, or one chunk of a streamed one."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class Model(Struct, frozen=True):
+    id: str
+    created: int
+    owned_by: str

@@ -1,0 +1,58 @@
+"""What failures of handle calls mean, and how the desired state is read. The calls themselves are in test_serve.py."""
+
+from __future__ import annotations
+
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError, TaskCancelledError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+
+from cluster.errors import ContextLengthExceeded, ModelNotFound, Overloaded, PlatformError, ReplicaLost, Unavailable
+from cluster.types import Generate
+from deployments.router import ServeModels, platform_error
+from tests.fakes import ECHO
+
+
+def raised(cause: Exception) -> Exception:
+    """As Ray raises it at the caller: an instance of both kinds."""
+    return RayTaskError("generate", "Traceback: /secret", cause).as_instanceof_cause()
+
+
+def test_a_platform_error_comes_back_as_it_was() -> None:
+    error = platform_error(raised(ContextLengthExceeded("9 > 8", param="messages")), "chat")
+    assert type(error) is ContextLengthExceeded
+    assert (error.message, error.param) == ("9 > 8", "messages")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "retry"),
+    [
+        (BackPressureError(9, 8), Overloaded, 1.0),
+        (raised(BackPressureError(9, 8, retry_after_s=4.0)), Overloaded, 4.0),
+        (ActorDiedError(), ReplicaLost, 1.0),
+        (ActorUnavailableError("x", None), ReplicaLost, 1.0),
+        (DeploymentUnavailableError(DeploymentID("LLM", "model-chat")), Unavailable, 1.0),
+        (RayServeException("no application"), Unavailable, 1.0),
+        (TaskCancelledError(), Unavailable, 1.0),
+        (raised(ValueError("a bug")), PlatformError, None),
+        (ValueError("a bug"), PlatformError, None),
+    ],
+)
+def test_failures_become_ours(error: Exception, kind: type[PlatformError], retry: float | None) -> None:
+    ours = platform_error(error, "chat")
+    assert type(ours) is kind
+    assert ours.retry_after_s == retry
+    assert "secret" not in ours.message
+
+
+async def test_the_desired_state_is_read_once_a_second() -> None:
+    reads, now = [], [0.0]
+    models = ServeModels(lambda: reads.append(1) or [ECHO], clock=lambda: now[0])
+    for now[0] in (0.0, 0.5, 0.99, 1.0, 1.5):
+        assert await models.list() == [ECHO]
+    assert len(reads) == 2
+
+
+async def test_an_unknown_model_is_told_with_what_there_is() -> None:
+    with pytest.raises(ModelNotFound, match="echo"):
+        await anext(ServeModels(lambda: [ECHO]).generate("other", Generate("r", "t", prompt="x")))
