@@ -50,12 +50,11 @@ class LLM:
         engine, path = self._settings.engine, Path(directory)
         self._model = inspect(path, tp=deployment.tp, dtype=deployment.dtype, max_model_len=deployment.max_model_len)
         self._tokenizer = await asyncio.to_thread(Tokenizer.load, path)
-        blocks = num_blocks(self._model, deployment.dtype, engine)
+        blocks = num_blocks(self._model, engine)
         self._room = min(self._model.max_model_len, blocks * engine.block_size)
         spec = ShardSpec(
             directory=path,
             model=self._model,
-            dtype=deployment.dtype,
             num_blocks=blocks,
             threads=engine.threads or max(1, (os.cpu_count() or 1) // deployment.tp),
             settings=engine,

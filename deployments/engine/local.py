@@ -49,8 +49,7 @@ class LocalEngine:
         spec = ShardSpec(
             directory=Path(directory),
             model=info,
-            dtype=dtype,
-            num_blocks=blocks or num_blocks(info, dtype, settings),
+            num_blocks=blocks or num_blocks(info, settings),
             threads=settings.threads or max(1, (os.cpu_count() or 1) // tp),
             settings=settings,
             rendezvous=Rendezvous(f"file://{self._meeting.name}/{Path(self._meeting.name).name}", 0, tp, settings.start_deadline_s),

@@ -26,7 +26,6 @@ class ShardSpec:
 
     directory: Path
     model: ModelInfo
-    dtype: str
     num_blocks: int
     threads: int
     settings: EngineSettings
@@ -39,10 +38,9 @@ class ShardSpec:
         return self.at(replace(self.rendezvous, rank=rank))
 
 
-def num_blocks(model: ModelInfo, dtype: str, settings: EngineSettings) -> int:
-    """How many blocks `kv_cache_bytes` holds, over all ranks. Raises ModelNotServable when one full-length answer doesn't fit."""
-    bytes_per_value = {"float32": 4}.get(dtype, 2)
-    block_bytes = 2 * model.num_layers * model.kv_heads * model.head_dim * bytes_per_value * settings.block_size
+def num_blocks(model: ModelInfo, settings: EngineSettings) -> int:
+    """Blocks that `kv_cache_bytes` holds, over all ranks. Raises ModelNotServable when it holds none."""
+    block_bytes = model.kv_bytes_per_token * settings.block_size
     blocks = settings.kv_cache_bytes // block_bytes
     if blocks < 1:
         raise ModelNotServable(f"engine.kv_cache_bytes={settings.kv_cache_bytes} holds no block of {block_bytes} bytes; raise it")
@@ -63,10 +61,10 @@ class Shard:
         torch.set_num_threads(spec.threads)
         self.spec = spec
         self.group: Group | None = None
-        model = load_model(spec.directory, spec.dtype)
+        model = load_model(spec.directory, spec.model.dtype)
         if spec.rendezvous.size > 1:
             self.group = Group(spec.rendezvous, shared_memory=spec.settings.shared_memory)
-            model = self.group.shard(model, DTYPES[spec.dtype])
+            model = self.group.shard(model, DTYPES[spec.model.dtype])
         self.runner = Runner(model, KvCache(spec.num_blocks, spec.settings.block_size))
         self.runner.check()
 

@@ -36,7 +36,6 @@ def run_on_two_ranks(
             family: ShardSpec(
                 directory=directory,
                 model=inspect(directory, tp=2, dtype="float32"),
-                dtype="float32",
                 num_blocks=num_blocks,
                 threads=1,
                 settings=settings,
