@@ -130,7 +130,9 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("package", ["cluster", "mmaas", "deployments.gateway", "deployments.fleet", "deployments.router", "pipelines"])
+@pytest.mark.parametrize(
+    "package", ["cluster", "mmaas", "deployments.gateway", "deployments.fleet", "deployments.router", "pipelines"]
+)
 def test_light_layers_import_heavy_libraries_only_inside_functions(package: str) -> None:
     heavy = [
         f"{name} imports {imported} at its top"

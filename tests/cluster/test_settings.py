@@ -97,4 +97,6 @@ def test_every_setting_is_documented() -> None:
 
 
 def test_the_page_of_settings_is_up_to_date() -> None:
-    assert (ROOT / "docs" / "settings.md").read_text() == settings_page.page(), "run: python -m cluster.settings_page > docs/settings.md"
+    assert (ROOT / "docs" / "settings.md").read_text() == settings_page.page(), (
+        "run: python -m cluster.settings_page > docs/settings.md"
+    )

@@ -55,9 +55,13 @@ def test_migrating_twice_keeps_the_rows(store: Store) -> None:
 
 
 def test_exception_rolls_back(store: Store) -> None:
-    with pytest.raises(ZeroDivisionError), store.begin() as connection:
-        connection.execute(deployments.insert().values(ROW))
-        _ = 1 / 0
+    def fail_halfway() -> None:
+        with store.begin() as connection:
+            connection.execute(deployments.insert().values(ROW))
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        fail_halfway()
     with store.read() as connection:
         assert connection.execute(sa.select(deployments)).all() == []
 

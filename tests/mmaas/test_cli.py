@@ -3,10 +3,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -46,17 +46,20 @@ def test_help_loads_only_what_it_shows() -> None:
     assert not loaded & {"ray", "torch", "mlflow", "sqlalchemy", "pydantic", "httpx", "psutil", "transformers"}
 
 
-def test_help_takes_few_times_an_empty_python() -> None:
-    def fastest(*arguments: str) -> float:
-        times = []
-        for _ in range(5):
-            begun = time.perf_counter()
-            subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=True)
-            times.append(time.perf_counter() - begun)
-        return min(times)
+def test_help_takes_few_times_the_work_of_an_empty_python() -> None:
+    """In processor time: on a busy machine the clock on the wall punishes whatever lasts longer than one slice."""
 
-    with_nothing, with_help = fastest("-c", "pass"), fastest("-m", "mmaas", "--help")
-    assert with_help < 25 * with_nothing, f"{with_help:.3f} s against {with_nothing:.3f} s for an empty program"
+    def least_work(*arguments: str) -> float:
+        work = []
+        for _ in range(5):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            work.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        return min(work)
+
+    with_nothing, with_help = least_work("-c", "pass"), least_work("-m", "mmaas", "--help")
+    assert with_help < 25 * with_nothing, f"{with_help:.3f} s of work against {with_nothing:.3f} s for an empty program"
 
 
 def test_keys_are_made_listed_and_revoked(capsys: pytest.CaptureFixture[str]) -> None:
