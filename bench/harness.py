@@ -1,0 +1,139 @@
+"""What every benchmark shares: which machine and versions, the form of its results, and its table in README.md.
+
+A result file is `{"machine", "versions", "command", "date", "rows": [{"ours", "best_peer", "peer", "ratio", ...}]}`; `ratio` is
+ours over the best peer's where more is better and the inverse where less is, so that higher is always better.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim: ours beside the best of the others at the same work."""
+
+    model: str
+    concurrency: int
+    tp: int
+    ours: float
+    best_peer: float
+    peer: str
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, the names of the columns and the cells."""
+
+    title: str
+    columns: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        rows = [self.columns, ["---"] * len(self.columns), *self.lines]
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+    def show(self) -> None:
+        from rich.console import Console
+        from rich.table import Table as RichTable
+
+        table = RichTable(*self.columns, title=self.title)
+        for cells in self.lines:
+            table.add_row(*cells)
+        Console().print(table)
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to judge a figure."""
+    cpu = _first_value("/proc/cpuinfo", "model name") or platform.processor()
+    flags = (_first_value("/proc/cpuinfo", "flags") or "").split()
+    memory_kib = (_first_value("/proc/meminfo", "MemTotal") or "0").split()[0]
+    telling = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "flags": [flag for flag in telling if flag in flags],
+        "memory_gib": round(int(memory_kib) / (1 << 20), 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def _first_value(path: str, key: str) -> str | None:
+    """The value of the first `key: value` line of a file in /proc."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == key), None)
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those packages that are installed here."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def compare(
+    ours: float, peers: Mapping[str, float], *, model: str, concurrency: int, tp: int, higher_is_better: bool = True
+) -> Row | None:
+    """The row that states ours against the best peer; None if no peer ran."""
+    if not peers:
+        return None
+    peer = (max if higher_is_better else min)(peers, key=lambda name: peers[name])
+    ratio = ours / peers[peer] if higher_is_better else peers[peer] / ours
+    return Row(model, concurrency, tp, round(ours, 3), round(peers[peer], 3), peer, round(ratio, 3))
+
+
+def write(
+    name: str, rows: Sequence[Row], table: Table, *, command: str, found: Mapping[str, str], here: Path = HERE, **more: Any
+) -> Path:
+    """Writes `results/NAME.json` and replaces the table of that name in README.md."""
+    about, date = machine(), datetime.now(UTC).date().isoformat()
+    content = {
+        "machine": about,
+        "versions": dict(found),
+        "command": command,
+        "date": date,
+        "rows": [asdict(row) for row in rows],
+        **more,
+    }
+    path = here / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    readme = here / "README.md"
+    readme.write_text(replace_block(readme.read_text(), name, _block(table, command, date, about, found)))
+    return path
+
+
+def _block(table: Table, command: str, date: str, about: Mapping[str, Any], found: Mapping[str, str]) -> str:
+    tools = ", ".join(f"{package} {number}" for package, number in sorted(found.items()))
+    cpu = f"{about['cores']} cores of {about['cpu']} ({' '.join(about['flags'])})"
+    where = f"{cpu}, {about['memory_gib']} GiB, Python {about['python']}"
+    return f"{table.title}\n\n{table.markdown()}\n\n`{command}`, {date}, {where}; {tools}."
+
+
+def replace_block(text: str, name: str, block: str) -> str:
+    """`text` with what stands between the markers of `name` replaced. Raises ValueError if it has no such markers."""
+    start, end = f"<!-- {name}: start -->", f"<!-- {name}: end -->"
+    before, found_start, rest = text.partition(start)
+    _, found_end, after = rest.partition(end)
+    if not (found_start and found_end):
+        raise ValueError(f"README.md has no lines {start} and {end}")
+    return f"{before}{start}\n{block}\n{end}{after}"
