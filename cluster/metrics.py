@@ -6,10 +6,14 @@ client sends becomes a label, so the number of series is bounded. Each process h
 
 from __future__ import annotations
 
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-_STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 30)
 
 # The gateway
 GATEWAY_REQUESTS = Counter("mmaas_gateway_requests_total", "Answered requests", ("route", "method", "status"))
@@ -19,14 +23,23 @@ TOKENS_IN = Counter("mmaas_gateway_tokens_in_total", "Prompt tokens of finished 
 TOKENS_OUT = Counter("mmaas_gateway_tokens_out_total", "Output tokens of finished calls", ("model",))
 FIRST_TOKEN = Histogram("mmaas_gateway_first_token_seconds", "Arrival to first token", ("model",), buckets=_SECONDS)
 
-# The engine, one shard group each
-ENGINE_RUNNING = Gauge("mmaas_engine_running", "Sequences in the running batch", ("model",))
-ENGINE_WAITING = Gauge("mmaas_engine_waiting", "Sequences that wait for a place in the batch", ("model",))
-ENGINE_BLOCKS = Gauge("mmaas_engine_kv_blocks", "KV blocks by state: used, free or cached", ("model", "state"))
-ENGINE_PREFIX_HIT_TOKENS = Counter("mmaas_engine_prefix_hit_tokens_total", "Prompt tokens found in the prefix cache", ("model",))
-ENGINE_PREEMPTIONS = Counter("mmaas_engine_preemptions_total", "Sequences put back because blocks ran out", ("model",))
-ENGINE_STEPS = Counter("mmaas_engine_steps_total", "Forward passes", ("model",))
-ENGINE_STEP_SECONDS = Histogram("mmaas_engine_step_seconds", "Time of one forward pass", ("model",), buckets=_STEP_SECONDS)
+# The engine: counted in its own process, told by `LLM.stats`, and added up over a model's replicas by whoever shows them
+ENGINE: Mapping[str, tuple[type[GaugeMetricFamily] | type[CounterMetricFamily], str, str]] = {
+    "running": (GaugeMetricFamily, "mmaas_engine_running", "Sequences in the running batch"),
+    "waiting": (GaugeMetricFamily, "mmaas_engine_waiting", "Sequences that wait for a place in the batch"),
+    "streams": (GaugeMetricFamily, "mmaas_engine_streams", "Requests that a replica works on or holds in its queue"),
+    "blocks_total": (GaugeMetricFamily, "mmaas_engine_kv_blocks", "Blocks of the KV cache"),
+    "blocks_used": (GaugeMetricFamily, "mmaas_engine_kv_blocks_used", "KV blocks that running sequences hold"),
+    "blocks_cached": (GaugeMetricFamily, "mmaas_engine_kv_blocks_cached", "KV blocks kept for prompts that start alike"),
+    "steps": (CounterMetricFamily, "mmaas_engine_steps", "Forward passes"),
+    "busy_s": (CounterMetricFamily, "mmaas_engine_busy_seconds", "Time in steps, scheduling and sampling included"),
+    "model_s": (CounterMetricFamily, "mmaas_engine_model_seconds", "Time in the model alone"),
+    "preemptions": (CounterMetricFamily, "mmaas_engine_preemptions", "Sequences put back because blocks ran out"),
+    "aborted": (CounterMetricFamily, "mmaas_engine_aborted", "Choices stopped early: the caller left, or a stop string came"),
+    "prompt_tokens": (CounterMetricFamily, "mmaas_engine_prompt_tokens", "Prompt tokens of answered requests"),
+    "cached_tokens": (CounterMetricFamily, "mmaas_engine_prefix_hit_tokens", "Of these, found in the prefix cache"),
+    "output_tokens": (CounterMetricFamily, "mmaas_engine_output_tokens", "Tokens sampled"),
+}
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -38,6 +51,22 @@ def count_request(route: str | None, method: str, status: int, seconds: float) -
     GATEWAY_LATENCY.labels(label).observe(seconds)
 
 
-def exposition() -> tuple[bytes, str]:
-    """This process's metrics in Prometheus' text format, and their content type."""
-    return generate_latest(), CONTENT_TYPE_LATEST
+def exposition(engines: Mapping[str, Mapping[str, float]]) -> tuple[bytes, str]:
+    """This process's metrics and the engines' (by model) in Prometheus' text format, and their content type."""
+    registry = CollectorRegistry()
+    registry.register(_Engines(engines))
+    return generate_latest() + generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+class _Engines(Collector):
+    """What the engines told of themselves a moment ago."""
+
+    def __init__(self, engines: Mapping[str, Mapping[str, float]]) -> None:
+        self._engines = engines
+
+    def collect(self) -> Iterator[Metric]:
+        for field, (kind, name, text) in ENGINE.items():
+            family = kind(name, text, labels=("model",))
+            for model, stats in self._engines.items():
+                family.add_metric([model], stats[field])
+            yield family

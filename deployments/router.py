@@ -6,12 +6,16 @@ The gateway and tests see `Models`; `ServeModels` is its implementation over the
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Protocol
 
 from cluster.errors import ModelNotFound, Overloaded, PlatformError, ReplicaLost, Unavailable
 from cluster.types import Chunk, Deployment, Generate
+
+log = logging.getLogger(__name__)
 
 STALE_S = 1.0
 """Age at which the desired state and the readiness of models are asked again."""
@@ -29,6 +33,10 @@ class Models(Protocol):
 
     async def ready(self) -> dict[str, bool]:
         """For every model whether it answers now."""
+        ...
+
+    async def stats(self) -> dict[str, dict[str, float]]:
+        """The engine's counters of every model that answers, added up over its replicas."""
         ...
 
     def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
@@ -62,6 +70,11 @@ class ServeModels:
                 self._probed = self._clock(), dict(zip(names, answers, strict=True))
             return self._probed[1]
 
+    async def stats(self) -> dict[str, dict[str, float]]:
+        names = [deployment.name for deployment in await self.list()]
+        found = await asyncio.gather(*(self._stats(name) for name in names))
+        return {name: stats for name, stats in zip(names, found, strict=True) if stats}
+
     async def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
         await self._known(name)
         response = None
@@ -87,6 +100,19 @@ class ServeModels:
         if name not in self._handles:
             self._handles[name] = await asyncio.to_thread(_serve_handle, name)
         return self._handles[name]
+
+    async def _stats(self, name: str) -> dict[str, float]:
+        """Empty for a model that doesn't answer."""
+        try:
+            async with asyncio.timeout(PROBE_S):
+                replicas = await (await self._handle(name)).broadcast("stats").results_async()
+        except Exception as error:
+            log.info("no stats", extra={"model": name, "reason": platform_error(error, name).message})
+            return {}
+        total: Counter[str] = Counter()
+        for counters in replicas:
+            total.update({field: value for field, value in counters.items() if isinstance(value, (int, float))})
+        return dict(total)
 
     async def _answers(self, name: str) -> bool:
         try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
+from cluster import metrics
 from cluster.errors import ModelNotFound, Unauthenticated
 from cluster.settings import Settings
 from cluster.types import Chunk, Delta, Deployment, Generate, Principal, TokenLogprob, TopLogprob, Usage
@@ -60,6 +61,9 @@ class EchoModels:
 
     async def list(self) -> Sequence[Deployment]:
         return self.deployments
+
+    async def stats(self) -> dict[str, dict[str, float]]:
+        return {deployment.name: dict.fromkeys(metrics.ENGINE, 1.0) for deployment in self.deployments}
 
     async def ready(self) -> dict[str, bool]:
         return {deployment.name: self.healthy for deployment in self.deployments}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,5 +55,5 @@ class Batch:
     def unpack(cls, packed: Ints) -> Batch:
         num_tokens, num_sequences, num_sampled, width = packed[:4].tolist()
         ends = np.cumsum([4, num_tokens, num_sequences, num_sequences, num_sampled, num_sequences * width])
-        tokens, starts, counts, sampled, tables = (packed[a:b] for a, b in zip(ends, ends[1:], strict=False))
+        tokens, starts, counts, sampled, tables = (packed[a:b] for a, b in pairwise(ends))
         return cls(tokens, starts, counts, sampled, tables.reshape(num_sequences, width))

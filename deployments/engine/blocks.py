@@ -99,7 +99,7 @@ class BlockPool:
         free, cached = set(self._free), set(self._cached)
         used = {block for block, refs in enumerate(self._refs) if refs > 0}
         assert len(free) == len(self._free), "a block is free twice"
-        assert not (free & cached or free & used or cached & used), "a block is in two states"
+        assert len(free | cached | used) == len(free) + len(cached) + len(used), "a block is in two states"
         assert len(free) + len(cached) + len(used) == self.num_blocks, "a block is lost"
         assert all(refs >= 0 for refs in self._refs), "a reference count is negative"
         assert {digest: block for block, digest in self._hash_of.items()} == self._block_of, "hashes and blocks disagree"

@@ -43,7 +43,7 @@ class Rendezvous:
 
 
 class Group:
-    """A joined group of two or more ranks; rank 0 leads. A process joins once: a second model on the same ranks shares the group."""
+    """A joined group of two or more ranks; rank 0 leads. A process joins once; a second model shares the group."""
 
     def __init__(self, rendezvous: Rendezvous, *, shared_memory: bool) -> None:
         self.rank, self.size = rendezvous.rank, rendezvous.size

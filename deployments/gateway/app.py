@@ -63,9 +63,9 @@ async def ready(request: Request) -> Response:
 
 @router.get("/metrics", tags=["operation"])
 @requires("admin")
-async def prometheus() -> Response:
-    """This process in Prometheus' text format."""
-    text, content_type = metrics.exposition()
+async def prometheus(request: Request) -> Response:
+    """This process and the engines behind it in Prometheus' text format."""
+    text, content_type = metrics.exposition(await entrance(request).models.stats())
     return Response(text, media_type=content_type)
 
 
