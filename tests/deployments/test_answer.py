@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from cluster.types import Chunk, Sampling, Usage
@@ -21,7 +19,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.load(directory)
 
 
-def feed(tokenizer: Tokenizer, text: str, *, step: int = 1, stop: tuple[str, ...] = (), n: int = 1) -> tuple[list[Chunk], list[int]]:
+def feed(
+    tokenizer: Tokenizer, text: str, *, step: int = 1, stop: tuple[str, ...] = (), n: int = 1
+) -> tuple[list[Chunk], list[int]]:
     """The chunks of an answer `text` that arrives `step` tokens at a time, and the choices that were stopped."""
     stopped: list[int] = []
     request = Request(1, tokenizer.encode("hello"), Sampling(stop=stop, n=n), 1000, [], 0)

@@ -1,0 +1,129 @@
+"""Starting, looking, losing a shard, stopping: what an operator does. The last test takes the platform down."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+
+import openai
+import psutil
+import pytest
+
+from cluster import launch
+from tests.e2e.platform import MODEL, ROOT, RunningPlatform
+from tests.e2e.test_chat import GREEDY, streamed, until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+
+def answers(platform: RunningPlatform) -> bool:
+    try:
+        return bool(streamed(platform.client(timeout=20)))
+    except openai.APIError:
+        return False
+
+
+def test_second_up_changes_nothing_and_says_so(platform: RunningPlatform) -> None:
+    before = platform.quickstart
+    result = platform.mmaas("up")
+    assert "Already up" in result.stdout
+    assert platform.quickstart == before
+
+
+def test_secrets_are_for_the_owner_alone(platform: RunningPlatform) -> None:
+    home = platform.settings.home
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    assert stat.S_IMODE((home / "quickstart.json").stat().st_mode) == 0o600
+
+
+def test_status_tells_what_is_served(platform: RunningPlatform) -> None:
+    found = json.loads(platform.mmaas("status", "--json").stdout)
+    assert MODEL in json.dumps(found)
+    assert MODEL in platform.mmaas("status").stdout
+
+
+def test_everything_listens_on_loopback_alone(platform: RunningPlatform) -> None:
+    outside = []
+    for process in launch.family(platform.settings):
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.ip not in ("127.0.0.1", "::1"):
+                outside.append((process.name(), connection.laddr))
+    assert outside == []
+
+
+def test_example_job_runs_under_ray_job_submit(platform: RunningPlatform) -> None:
+    address = f"http://127.0.0.1:{platform.settings.ray.dashboard_port}"
+    token = platform.settings.home / "secrets" / "ray_token"
+    words = ("job", "submit", "--address", address, "--working-dir", str(ROOT / "examples"), "--", "python", "chat_job.py")
+    from cluster.private_files import Secrets
+
+    token = Secrets(platform.settings.home).ray_token_path
+    result = platform.run(
+        sys.executable, "-m", "ray.scripts.scripts", *words, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token)
+    )
+    assert "succeeded" in result.stdout
+
+
+def test_model_that_cannot_be_sharded_so_is_refused_before_anything_starts(platform: RunningPlatform) -> None:
+    from cluster.desired import Desired
+    from cluster.store import Store
+
+    store = Store(platform.settings.store_url)
+    directory = next(row.model for row in Desired(store).list() if row.name == MODEL)
+    store.close()
+    before = {process.pid for process in platform.shards()}
+    result = platform.mmaas("deploy", "other", "--model", directory, "--tp", "3", check=False)
+    assert result.returncode == 1
+    assert "heads" in result.stdout + result.stderr
+    assert {process.pid for process in platform.shards()} == before
+    platform.mmaas("undeploy", "other")
+
+
+@pytest.mark.chaos
+def test_killed_shard_ends_its_streams_with_an_error_and_the_group_comes_back(platform: RunningPlatform) -> None:
+    until(lambda: answers(platform), 60)
+    victim = platform.shards()[-1]
+    seen: list[object] = []
+
+    def read() -> None:
+        try:
+            for chunk in platform.client().chat.completions.create(
+                **(GREEDY | {"max_tokens": 200}), extra_body={"ignore_eos": True}, stream=True
+            ):
+                seen.append(chunk)
+        except openai.APIError as error:
+            seen.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    until(lambda: len(seen) >= 3)
+    os.kill(victim.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    for reader in readers:
+        reader.join(15)
+    assert not any(reader.is_alive() for reader in readers), "a stream hangs"
+    assert time.monotonic() - killed < 15
+    errors = [item for item in seen if isinstance(item, openai.APIError)]
+    assert len(errors) == 3
+    assert all("shard" in str(error) for error in errors)
+    until(lambda: answers(platform), 90)
+    assert victim.pid not in {process.pid for process in platform.shards()}
+    assert len(platform.shards()) == 2
+
+
+def test_down_leaves_no_process_and_no_port(platform: RunningPlatform) -> None:
+    before = launch.family(platform.settings)
+    assert before
+    platform.mmaas("down")
+    assert launch.family(platform.settings) == []
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in before)
+    busy = {connection.laddr.port for connection in psutil.net_connections("inet") if connection.status == psutil.CONN_LISTEN}
+    ports = {int(value) for key, value in platform.environment.items() if key.endswith("_PORT")}
+    assert not busy & ports
+    assert "Nothing" in platform.mmaas("down").stdout
