@@ -77,11 +77,11 @@ class Running:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.peak_rss_bytes = 0
+        self.peak_rss_bytes = 0  # of all its processes, since it was ready
         self._ended = threading.Event()
-        for target in (self._watch_memory, self._keep_errors):
-            threading.Thread(target=target, daemon=True).start()
+        threading.Thread(target=self._keep_errors, daemon=True).start()
         ready = self._answer()
+        threading.Thread(target=self._watch_memory, daemon=True).start()
         self.versions: dict[str, str] = ready["versions"]
         self.load_s: float = ready["load_s"]
 
@@ -90,7 +90,9 @@ class Running:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens, "concurrency": concurrency}) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        answer = self._answer()
+        self._note_memory()
+        return answer
 
     def __enter__(self) -> Self:
         return self
@@ -121,7 +123,10 @@ class Running:
 
     def _watch_memory(self) -> None:
         while not self._ended.wait(0.5):
-            self.peak_rss_bytes = max(self.peak_rss_bytes, sum(map(rss_bytes, tree(self._process.pid))))
+            self._note_memory()
+
+    def _note_memory(self) -> None:
+        self.peak_rss_bytes = max(self.peak_rss_bytes, sum(map(rss_bytes, tree(self._process.pid))))
 
 
 def tree(pid: int) -> Iterator[int]:

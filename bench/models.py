@@ -52,9 +52,12 @@ def directory(name: str, cache: Path | None = None) -> Path:
     if not target.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=cache))
-        _tokenizer(spec["vocab_size"], unfinished)
-        _weights(spec, unfinished)
-        shutil.move(unfinished, target)
+        try:
+            _tokenizer(spec["vocab_size"], unfinished)
+            _weights(spec, unfinished)
+            unfinished.rename(target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return target
 
 

