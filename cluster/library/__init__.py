@@ -1,0 +1,1 @@
+"""The model library: MLflow behind a few verbs, weights in our own storage."""
