@@ -131,21 +131,26 @@ def _deploy_gateway(settings: Settings, on_event: OnEvent) -> None:
     if (running := serve.status().applications.get(GATEWAY)) and running.status == "RUNNING":
         return
     on_event("starting the gateway")
-    serve.run(build(settings), name=GATEWAY, route_prefix="/", _blocking=False)
+    _run(build(settings), GATEWAY, "/")
     _wait(GATEWAY, settings, on_event)
 
 
 def _deploy_model(target: Target, settings: Settings, on_event: OnEvent) -> None:
-    from ray import serve
-
     from deployments.llm import build
 
     name = PREFIX + target.deployment.name
     ranks = f"{target.deployment.tp} shards" if target.deployment.tp > 1 else "one shard"
     on_event(f"loading {target.deployment.name} on {ranks}")
     application = build(target.deployment, str(target.directory), target.digest, Secrets(settings.home).prefix_cache, settings)
-    serve.run(application, name=name, route_prefix=None, _blocking=False)
+    _run(application, name, None)
     _wait(name, settings, on_event)
+
+
+def _run(application: Any, name: str, route_prefix: str | None) -> None:
+    from ray import serve
+
+    target = serve.RunTarget(target=application, name=name, route_prefix=route_prefix)
+    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
 def _wait(name: str, settings: Settings, on_event: OnEvent) -> None:

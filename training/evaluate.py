@@ -63,7 +63,9 @@ class Student:
         total, count = 0.0, 0
         with torch.inference_mode():
             for start in range(0, len(rows), _BATCH):
-                batch = [torch.from_numpy(a[start : start + _BATCH]).long() for a in (rows.input_ids, rows.labels, rows.position_ids)]
+                batch = [
+                    torch.from_numpy(a[start : start + _BATCH]).long() for a in (rows.input_ids, rows.labels, rows.position_ids)
+                ]
                 learnt = int((batch[1][:, 1:] >= 0).sum())
                 total, count = total + learner(*batch).item() * learnt, count + learnt
         return total / max(count, 1)

@@ -82,7 +82,9 @@ def _fit(run: Run, job: Job, settings: TrainingSettings) -> None:
         _train,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=settings.workers, use_gpu=use_gpu, resources_per_worker={"CPU": settings.cpus_per_worker, "GPU": int(use_gpu)}
+            num_workers=settings.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": settings.cpus_per_worker, "GPU": int(use_gpu)},
         ),
         run_config=RunConfig(
             # NOTE: a name of its own each time. Ray resumes a name from a snapshot that it writes in place and can't read when torn;
