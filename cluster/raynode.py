@@ -3,7 +3,8 @@
 On Linux Ray turns `--node-ip-address 127.0.0.1` into the machine's outer address, unless its "cluster" mode is off; the variable
 that turns it off is named after the systems where that is the default. With it GCS, raylet, workers, agents and exporters bind
 loopback. Ray's sockets lie under its temporary directory, and a socket's path holds 107 characters; HOME may be longer. So that
-directory is /tmp/mmaas-XXXXXXXX (from user and HOME, mode 0700), and logs are found there.
+directory lies in /tmp/mmaas-XXXXXXXX (from user and HOME, mode 0700), and logs are found there. Ray opens its own directory to
+everybody (0777): it is one level below ours, which nobody else can enter.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def command(settings: Settings) -> list[str]:
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
         *("--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1", "--include-dashboard", "true"),
-        *("--temp-dir", str(temporary_directory(settings))),
+        *("--temp-dir", str(_ray_directory(settings))),
         *("--object-store-memory", str(settings.ray.object_store_bytes)),
         *("--num-cpus", str(settings.ray.num_cpus or os.cpu_count() or 1)),
         *(word for option, port in ports.items() for word in (option, str(port))),
@@ -86,8 +87,8 @@ def command(settings: Settings) -> list[str]:
 
 def prepare(settings: Settings) -> None:
     """Make the temporary directory and what Serve's ingress needs in it."""
-    directory = private_directory(temporary_directory(settings))
-    for old in sorted(directory.glob("session_2*"))[:-1]:  # the last one's logs are kept: they tell why it ended
+    private_directory(temporary_directory(settings))
+    for old in sorted(_ray_directory(settings).glob("session_2*"))[:-1]:  # the last one's logs are kept: they tell why it ended
         shutil.rmtree(old)
     ingress.install(settings, private_directory(_ingress_directory(settings)))
 
@@ -109,6 +110,10 @@ def join(settings: Settings) -> None:
             ray.init(address=address, namespace="mmaas", log_to_driver=False, logging_level="WARNING")
         except (ConnectionError, RuntimeError) as error:
             raise Unavailable(f"no Ray cluster answers at {address} ({error}); start it with: mmaas up") from None
+
+
+def _ray_directory(settings: Settings) -> Path:
+    return temporary_directory(settings) / "ray"
 
 
 def _ingress_directory(settings: Settings) -> Path:

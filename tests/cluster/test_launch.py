@@ -130,6 +130,8 @@ def test_an_application_behind_haproxy_opens_nothing_to_the_outside_and_obeys_no
     impatient = urllib.request.Request(f"{running.base_url}/slow", headers={"x-request-timeout-seconds": "0.5"})
     with urllib.request.urlopen(impatient) as answer:
         assert json.load(answer) == "late"
+    # Ray makes its temporary directory writable for everybody: ours above it must keep them out.
+    assert raynode.temporary_directory(running).stat().st_mode & 0o777 == 0o700
     sockets = list(raynode.temporary_directory(running).glob("in/*/*.sock"))
     modes = {path.name: path.stat().st_mode & 0o777 for path in sockets}
     assert {modes[name] for name in ("admin.sock", "stats.sock", "prometheus.sock")} == {0o600}
