@@ -58,6 +58,7 @@ def head_environment(settings: Settings) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         **passed,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), passed.get("PYTHONPATH")])),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), passed.get("PATH", os.defpath)]),  # a job's `python` is ours
         **environment(settings),
         "AUTOSCALER_METRIC_PORT": "0",  # 0: any free port; the fixed defaults collide with a second Ray on the machine
         "DASHBOARD_METRIC_PORT": "0",

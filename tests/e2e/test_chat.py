@@ -113,8 +113,8 @@ def test_leaving_a_stream_frees_its_place(platform: RunningPlatform) -> None:
     next(iter(stream))
     stream.close()
     until(lambda: platform.counters()["aborted_total"] > before["aborted_total"])
+    until(lambda: not any(platform.counters()[name] for name in ("running", "streams", "kv_blocks_used")))
     after = platform.counters()
-    assert (after["running"], after["streams"], after["kv_blocks_used"]) == (0, 0, 0)
     assert after["output_tokens_total"] - before["output_tokens_total"] < 200, "the model went on for nobody"
 
 
@@ -126,7 +126,7 @@ def test_thirty_two_streams_at_once_each_get_their_own_answer(platform: RunningP
     alone = [streamed(client, messages=messages) for messages in questions[:4]]
     assert together[:4] == alone
     assert len(set(together)) > 16
-    assert platform.counters()["kv_blocks_used"] == 0
+    until(lambda: platform.counters()["kv_blocks_used"] == 0)  # counters come once a second
 
 
 def test_control_headers_of_serve_have_no_effect(platform: RunningPlatform) -> None:
