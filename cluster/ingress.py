@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import haproxy
-from cluster.errors import DeadlineExceeded, InvalidRequest, PayloadTooLarge, PlatformError, ReplicaLost, Unavailable
+from cluster.errors import DeadlineExceeded, PlatformError, ReplicaLost, Unavailable
 from cluster.private_files import private_directory
 from cluster.settings import Settings
 
@@ -114,9 +114,6 @@ def bind_inside() -> None:
 
 
 _ERRORS: dict[int, PlatformError] = {
-    400: InvalidRequest("the request is not valid HTTP"),
-    408: DeadlineExceeded("the request was not sent completely in time"),
-    413: PayloadTooLarge("the request is too large"),
     502: ReplicaLost("the gateway lost this request; send it again"),
     503: Unavailable("the gateway can't be reached now; try again", retry_after_s=1),
     504: DeadlineExceeded("the gateway did not answer in time"),
@@ -129,3 +126,17 @@ def _answer(status: int, error: PlatformError) -> bytes:
     retry = f"Retry-After: {error.retry_after_s:.0f}\r\n" if error.retry_after_s else ""
     head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\nCache-Control: no-store\r\n{retry}"
     return f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode()
+
+
+def main() -> None:
+    """`python -m cluster.ingress DIRECTORY` for nodes of `ray up`: prepares one and prints `export` lines for its shell."""
+    from cluster.settings import load
+
+    settings, directory = load(), private_directory(Path(sys.argv[1]).absolute())
+    install(settings, directory)
+    for key, value in environment(settings, directory).items():
+        sys.stdout.write(f"export {key}={shlex.quote(value)}\n")
+
+
+if __name__ == "__main__":
+    main()

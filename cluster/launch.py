@@ -41,11 +41,12 @@ class Part:
     mark: str
     record: Path
     log: Path
+    grace_s: float
     deadline_s: float = 120.0
 
     def is_running(self) -> bool:
         recorded = processes.load(self.record)
-        return recorded is not None and recorded.find() is not None and _answers(self.health)
+        return recorded is not None and recorded.find() is not None and _status(self.health) == 200
 
 
 def parts(settings: Settings) -> list[Part]:
@@ -106,7 +107,7 @@ def _end(part: Part) -> int:
         if not (running := _family(part)):
             break
         ended |= {process.pid for process in running}
-        processes.end(running, grace_s=10.0)
+        processes.end(running, part.grace_s)
     else:
         left = ", ".join(f"{process.pid} ({process.name()})" for process in _family(part))
         raise Conflict(f"these processes of {part.title} can't be ended: {left}")
@@ -125,12 +126,19 @@ def _wait_until_running(part: Part) -> None:
         time.sleep(0.2)
 
 
-def _answers(url: str) -> bool:
+def status_without_token(settings: Settings) -> int:
+    """The HTTP status that Ray's job interface gives to a caller without a token; 0 when nothing answers."""
+    return _status(f"http://127.0.0.1:{settings.ray.dashboard_port}/api/jobs/")
+
+
+def _status(url: str) -> int:
     try:
         with _DIRECT.open(url, timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
 
 
 def _tail(log: Path, lines: int = 15) -> str:
@@ -162,6 +170,7 @@ def _ray(settings: Settings) -> Part:
         mark=mark,
         record=settings.home / "run" / "ray.json",
         log=settings.home / "logs" / "ray.log",
+        grace_s=3.0,  # nothing in Ray is worth more: checkpoints and published files are atomic, and the raylet would take 10 s
     )
 
 
@@ -178,4 +187,5 @@ def _mlflow(settings: Settings) -> Part:
         mark=mark,
         record=settings.home / "run" / "mlflow.json",
         log=settings.home / "logs" / "mlflow.log",
+        grace_s=10.0,
     )

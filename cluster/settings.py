@@ -58,7 +58,7 @@ class GatewaySettings(_Section):
     replicas: int = Field(default=1, ge=1, le=64)
     """Gateway replicas; more than one needs Postgres (SQLite has one writer)."""
     haproxy: bool = True
-    """Put Serve's HAProxy in front (about 7x the Python proxy, docs/adr/0001-ingress.md); False: Python proxy."""
+    """Put Serve's HAProxy in front (several times the Python proxy, docs/adr/0001-ingress.md); False: Python proxy."""
     max_body_bytes: int = Field(default=4 << 20, ge=1024, le=1 << 30)
     """Longest request body, counted on the bytes received."""
     max_json_depth: int = Field(default=64, ge=4, le=512)

@@ -100,10 +100,10 @@ class Store:
         from alembic.config import Config
         from alembic.util import CommandError
 
-        self._create_file()
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
         try:
+            self._create_file()
             with self.begin() as connection:
                 if not self._is_sqlite:  # SQLite's BEGIN IMMEDIATE already lets one writer in at a time
                     connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
@@ -111,8 +111,8 @@ class Store:
                 getattr(command, verb)(config, revision)
         except CommandError as error:
             raise StorageError(f"{self} has a schema that this version doesn't know ({error}); run the newer version") from None
-        except sa.exc.OperationalError as error:
-            raise StorageError(f"{self} can't be opened: {error.orig}") from None
+        except (sa.exc.OperationalError, OSError) as error:
+            raise StorageError(f"{self} can't be opened: {getattr(error, 'orig', error)}") from None
 
     def _create_file(self) -> None:
         """Make SQLite's file ourselves, so that its mode never depends on the umask; the journal takes the same mode."""

@@ -1,0 +1,61 @@
+# One word a job; README.md lists them. PYTHON is any Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Development tools are only installed for the jobs that need them; torch comes first and alone, so that an index which offers its
+# small CPU build is asked before anything else pulls the large one in.
+RUN := $(VENV)/.run-stamp
+DEV := $(VENV)/.dev-stamp
+LOCK := pyproject.toml constraints.txt
+
+.PHONY: install up down status test check lint fmt clean help
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(RUN)  ## what running needs, nothing is started
+
+up: $(RUN)  ## install and start the platform, with a model that answers
+	@$(BIN)/mmaas up
+
+down: $(RUN)  ## end every process of the platform
+	@$(BIN)/mmaas down
+
+status: $(RUN)  ## what runs and what is served
+	@$(BIN)/mmaas status
+
+test: $(DEV)  ## all tests
+	$(BIN)/python -m pytest
+
+check: lint  ## what must hold before anything is merged
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+lint: $(DEV)  ## style of the code, nothing is changed
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+fmt: $(DEV)  ## put the code into our style
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean:  ## remove caches and the virtual environment; data in .mmaas stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV): $(DEV)  ## the virtual environment with everything in it
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+
+$(RUN): $(LOCK) | $(BIN)/python
+	$(PIP) install torch==2.13.0
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(DEV): $(RUN)
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,5 @@
+"""`python -m mmaas` is `mmaas`."""
+
+from mmaas.cli import main
+
+main()

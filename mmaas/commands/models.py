@@ -1,0 +1,74 @@
+"""`mmaas deploy` and `mmaas undeploy`: change the desired state, then make the cluster follow it."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(deploy)
+    app.command()(undeploy)
+
+
+def deploy(
+    name: Annotated[str, typer.Argument(help="Name that callers put into `model`.")],
+    model: Annotated[str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION or a directory.")],
+    tp: Annotated[int, typer.Option(min=1, help="Shards that hold one copy of the model.")] = 1,
+    replicas: Annotated[str, typer.Option(help="Number of copies, or A..B to scale between.")] = "1",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="Context window; None: the model's own.")] = None,
+) -> None:
+    """Serve a model under NAME, or change how it is served."""
+    from cluster import settings
+    from cluster.desired import Desired
+    from cluster.types import Deployment
+    from mmaas.up import opened_store, reconcile
+
+    loaded = settings.load()
+    least, most = parse_replicas(replicas)
+    with opened_store(loaded) as store:
+        Desired(store).put(Deployment(name, located(model), tp, dtype, least, most, max_model_len))
+    reconcile(loaded)
+
+
+def undeploy(name: Annotated[str, typer.Argument(help="Name of the served model.")]) -> None:
+    """Stop serving NAME. The model stays in the library."""
+    from cluster import settings
+    from cluster.desired import Desired
+    from mmaas.up import opened_store, reconcile
+
+    loaded = settings.load()
+    with opened_store(loaded) as store:
+        Desired(store).delete(name)
+    reconcile(loaded)
+
+
+def parse_replicas(text: str) -> tuple[int, int]:
+    """`2` is (2, 2), `1..4` is (1, 4). Raises InvalidRequest for anything else."""
+    from cluster.errors import InvalidRequest
+
+    match = re.fullmatch(r"(\d{1,4})(?:\.\.(\d{1,4}))?", text)
+    if match is None:
+        raise InvalidRequest(f"--replicas {text!r}: write a number or A..B", param="replicas")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def located(model: str) -> str:
+    """A registered model's reference as it is, a directory as its absolute path. Raises InvalidRequest for neither."""
+    from pathlib import Path
+
+    from cluster.errors import InvalidRequest
+    from cluster.types import ModelRef
+
+    if model.startswith("models:"):
+        try:
+            return str(ModelRef.parse(model))
+        except ValueError as error:
+            raise InvalidRequest(str(error), param="model") from None
+    path = Path(model).expanduser().absolute()
+    if not path.is_dir():
+        raise InvalidRequest(f"{model} is no directory here; registered models are written models:/NAME@ALIAS", param="model")
+    return str(path)

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from prometheus_client import REGISTRY
+from prometheus_client.metrics import MetricWrapperBase
+
+from cluster import metrics
+
+
+def value(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def test_requests_are_counted_by_template_and_status() -> None:
+    labels = {"route": "/v1/models/{id}", "method": "GET", "status": "200"}
+    before = value("mmaas_gateway_requests_total", **labels)
+    metrics.count_request("/v1/models/{id}", "GET", 200, 0.2)
+    assert value("mmaas_gateway_requests_total", **labels) == before + 1
+
+
+def test_nothing_from_a_client_becomes_a_label() -> None:
+    metrics.count_request(None, "BREW\n# HELP", 404, 0.0)
+    text = metrics.exposition()[0].decode()
+    assert "BREW" not in text
+    assert 'method="other",route="unmatched"' in text
+
+
+def test_all_metrics_carry_the_prefix_and_are_registered() -> None:
+    ours = [family.name for value in vars(metrics).values() if isinstance(value, MetricWrapperBase) for family in value.describe()]
+    assert len(ours) >= 13
+    assert all(name.startswith("mmaas_") for name in ours)
+    assert set(ours) <= {family.name for family in REGISTRY.collect()}

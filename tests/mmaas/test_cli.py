@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cluster.errors import InvalidRequest, PlatformError, Unavailable
+from mmaas.cli import run
+from mmaas.commands import chat
+from mmaas.commands.models import located, parse_replicas
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    for name in [name for name in os.environ if name.startswith("MMAAS_")]:
+        monkeypatch.delenv(name)
+    for number, section in enumerate(("RAY__GCS", "RAY__DASHBOARD", "RAY__CLIENT", "MLFLOW_", "GATEWAY_")):
+        monkeypatch.setenv(f"MMAAS_{section}_PORT", str(21800 + number))
+    monkeypatch.setenv("MMAAS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path / "home"
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for command in ("up", "down", "status", "doctor", "deploy", "undeploy", "keys", "chat", "train"):
+        assert f" {command} " in printed
+
+
+def test_help_loads_only_what_it_shows() -> None:
+    program = "import sys; sys.argv = ['mmaas', '--help']\nfrom mmaas.cli import run\nrun(['--help'])\nprint('|'.join(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(result.stdout.splitlines()[-1].split("|"))
+    assert "typer" in loaded
+    assert not loaded & {"ray", "torch", "mlflow", "sqlalchemy", "pydantic", "httpx", "psutil", "transformers"}
+
+
+def test_help_takes_few_times_the_work_of_an_empty_python() -> None:
+    """In processor time: on a busy machine the clock on the wall punishes whatever lasts longer than one slice."""
+
+    def least_work(*arguments: str) -> float:
+        work = []
+        for _ in range(5):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            work.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        return min(work)
+
+    with_nothing, with_help = least_work("-c", "pass"), least_work("-m", "mmaas", "--help")
+    assert with_help < 25 * with_nothing, f"{with_help:.3f} s of work against {with_nothing:.3f} s for an empty program"
+
+
+def test_keys_are_made_listed_and_revoked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["keys", "create", "--tenant", "acme", "--name", "ci", "--scope", "admin", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert re.fullmatch(r"mk_[0-9a-f]{84}", made["key"])
+    assert run(["keys", "revoke", made["id"]]) == 0
+    capsys.readouterr()
+    assert run(["keys", "list", "--json"]) == 0
+    listed = capsys.readouterr().out
+    assert [(key["tenant"], key["name"], key["scopes"]) for key in json.loads(listed)] == [("acme", "ci", ["admin"])]
+    assert json.loads(listed)[0]["revoked_at"]
+    assert made["key"][15:] not in listed
+
+
+def test_errors_of_the_platform_are_one_line_and_status_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["keys", "revoke", "nope"]) == 1
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert written.err == "mmaas: there is no key 'nope'\n"
+
+
+def test_errors_are_json_when_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMAAS_GATEWAY__PROT", "1")
+    assert run(["status", "--json"]) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == "invalid_settings"
+    assert "gateway.port" in error["message"]
+
+
+def test_wrong_usage_is_status_two(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["deploy"]) == 2
+    assert run(["no-such-command"]) == 2
+    capsys.readouterr()
+
+
+def test_status_before_the_first_up_says_down_and_makes_nothing(capsys: pytest.CaptureFixture[str], home: Path) -> None:
+    assert run(["status", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parts"] == {"ray": False, "mlflow": False}
+    assert found["models"] == []
+    assert not (home / "mmaas.db").exists()
+
+
+def test_doctor_writes_findings_with_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["doctor", "--json"])
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+    assert checks["python"]["status"] == "ok"
+    assert checks["Ray"]["advice"] == "run: mmaas up"
+    assert all(check["advice"] for check in checks.values() if check["status"] != "ok")
+
+
+def test_down_with_nothing_running_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["down"]) == 0
+    assert "Nothing was running" in capsys.readouterr().out
+
+
+def test_deploy_keeps_the_wish_and_says_that_nothing_is_up(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["deploy", "chat", "--model", "models:/chat@champion", "--tp", "2", "--replicas", "1..2"]
+    assert run(arguments) == 1
+    assert "not up" in capsys.readouterr().err
+    assert run(["status", "--json"]) == 0
+    (model,) = json.loads(capsys.readouterr().out)["models"]
+    assert (model["state"], model["deployment"]["max_replicas"]) == ("NOT_DEPLOYED", 2)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("2", (2, 2)), ("1..4", (1, 4)), ("0..1", (0, 1))])
+def test_replicas_are_a_number_or_a_range(text: str, expected: tuple[int, int]) -> None:
+    assert parse_replicas(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "a", "1..", "-1", "1...2", "1..2..3"])
+def test_other_replicas_are_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        parse_replicas(text)
+
+
+def test_models_are_references_or_directories(tmp_path: Path) -> None:
+    assert located("models:/chat/3") == "models:/chat/3"
+    assert located(str(tmp_path)) == str(tmp_path)
+    for wrong in ("models:/chat", "/nowhere"):
+        with pytest.raises(InvalidRequest):
+            located(wrong)
+
+
+def test_ctrl_c_ends_with_130() -> None:
+    program = (
+        "import os, signal, sys, threading\nfrom mmaas import cli\nfrom mmaas.commands import platform\n"
+        "@cli.app.command()\ndef wait() -> None:\n"
+        "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n    threading.Event().wait(20)\n"
+        "sys.exit(cli.run(['wait']))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in result.stderr
+    assert "mmaas up" in result.stderr
+
+
+def client(status: int, body: str) -> httpx.Client:
+    transport = httpx.MockTransport(lambda request: httpx.Response(status, text=body))
+    return httpx.Client(base_url="http://here/v1/", transport=transport)
+
+
+def test_chat_joins_the_deltas_of_a_stream() -> None:
+    events = [{"choices": [{"delta": {"role": "assistant", "content": ""}}]}]
+    events += [{"choices": [{"delta": {"content": text}}]} for text in ("Hel", "lo")] + [{"choices": []}]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    assert "".join(chat.stream(client(200, body), {})) == "Hello"
+
+
+def test_chat_shows_the_servers_own_message() -> None:
+    with pytest.raises(PlatformError, match="no such model"):
+        list(chat.stream(client(404, '{"error": {"message": "no such model"}}'), {}))
+    with pytest.raises(PlatformError, match="replica died"):
+        list(chat.stream(client(200, 'data: {"error": {"message": "replica died"}}\n\n'), {}))
+
+
+def test_chat_says_when_nothing_answers() -> None:
+    with httpx.Client(base_url="http://127.0.0.1:9/v1/") as nobody, pytest.raises(Unavailable, match="does not answer"):
+        list(chat.stream(nobody, {}))
+
+
+def test_chat_lets_no_answer_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat._print_all(iter(["a\x1b[2J", "b\n"])) == "a\x1b[2Jb\n"
+    assert "\x1b" not in capsys.readouterr().out
