@@ -49,6 +49,8 @@ def _tighten_line(line: str, section: str, bind: str, sockets: str) -> list[str]
         if section != "http_frontend":
             return [" ".join(["    bind", f"unix@{sockets}/{section}.sock", "mode", "600", *options])]
         return [" ".join(["    bind", bind, *options])] + [f"    http-request del-header {header}" for header in SERVE_HEADERS]
+    if line.split() == ["option", "splice-request"]:
+        return []  # with it HAProxy misses that a caller hangs up while its answer is being made
     if line.split()[:2] == ["stats", "socket"]:
         return [re.sub(r"\bmode \d+", "mode 600", line)]
     return [line]

@@ -14,15 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.library.registry import Registry
-from cluster.storage import Storage
-
 from cluster import ingress, raynode
 from cluster.desired import Desired
 from cluster.errors import ModelNotServable, PlatformError, Unavailable
+from cluster.library.registry import Registry
 from cluster.placement import explain
 from cluster.private_files import Secrets
 from cluster.settings import Settings
+from cluster.storage import Storage
 from cluster.store import Store
 from cluster.types import Deployment, ModelRef
 from deployments.engine.checkpoint import inspect

@@ -23,7 +23,7 @@ from cluster import ingress
 from cluster import log as logs
 from cluster.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 from cluster.settings import Settings
-from cluster.types import Chunk, Deployment, Generate
+from cluster.types import Chunk, Delta, Deployment, Generate, Usage
 from deployments.answer import Answer
 from deployments.engine.checkpoint import inspect
 from deployments.engine.engine import Request
@@ -71,6 +71,10 @@ class LLM:
         if engine.num_streams >= limits.max_sequences + limits.max_queued:
             raise Overloaded(f"{self._deployment.name} has {engine.num_streams} requests at work and waiting", retry_after_s=1)
         request = await self._prepare(call)
+        if call.sampling.max_tokens == 0:  # the legacy API counts or echoes a prompt so
+            ends = tuple(Delta(index, "", finish_reason="length") for index in range(call.sampling.n))
+            yield Chunk(ends, Usage(len(request.prompt), 0))
+            return
         answer = Answer(
             self._tokenizer, request, is_chat=bool(call.messages), stop_choice=lambda index: engine.abort(request.id, index)
         )
@@ -126,7 +130,7 @@ class LLM:
             raise InvalidRequest(f"A token id is outside 0..{self._model.vocab_size - 1}.", param="prompt")
         sampling = call.sampling
         room = self._room - len(prompt)
-        if room < max(1, sampling.max_tokens or 1):
+        if room < (1 if sampling.max_tokens is None else sampling.max_tokens):
             wanted = f" and {sampling.max_tokens} for the answer" if sampling.max_tokens else ""
             raise ContextLengthExceeded(
                 f"The model's context window is {self._room} tokens; the prompt has {len(prompt)}{wanted}.",
@@ -140,7 +144,7 @@ class LLM:
             id=self._group.engine.next_id(),
             prompt=prompt,
             sampling=sampling,
-            max_tokens=sampling.max_tokens or room,
+            max_tokens=room if sampling.max_tokens is None else sampling.max_tokens,
             stop_ids=sorted(token for token in stop_ids if 0 <= token < self._model.vocab_size),
             seed=secrets.randbits(SEED_BITS) if sampling.seed is None else sampling.seed,
             salt=hmac.digest(self._cache_secret, call.tenant.encode(), hashlib.sha256),

@@ -24,6 +24,10 @@ PROBE_S = 2.0
 """A model that doesn't tell its facts within this time isn't ready."""
 
 
+ASSIGN_S = 10.0
+"""A call that no replica takes within this time is refused: all are gone, starting or full. Never an unbounded wait."""
+
+
 class Models(Protocol):
     """The served models, as the gateway sees them."""
 
@@ -77,17 +81,24 @@ class ServeModels:
 
     async def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
         await self._known(name)
-        response = None
+        response, running = None, True
         try:
             response = (await self._handle(name)).options(stream=True).generate.remote(request)
+            await _assigned(response, name)
             async for chunk in response:
                 yield chunk
-            response = None
+            running = False
+        except PlatformError:
+            raise
         except Exception as error:
-            response = None
+            running = False
             raise platform_error(error, name) from error
+        except asyncio.CancelledError:
+            if _cancelled_by_us():
+                raise
+            raise Unavailable(f"The model {name!r} gave this request up.", retry_after_s=1.0) from None
         finally:
-            if response is not None:  # the caller left, or the deadline passed
+            if response is not None and running:  # the caller left, or time ran out
                 response.cancel()
 
     async def _known(self, name: str) -> None:
@@ -128,6 +139,20 @@ def _serve_handle(name: str) -> Any:
     from ray import serve
 
     return serve.get_deployment_handle("LLM", app_name=f"model-{name}")
+
+
+async def _assigned(response: Any, name: str) -> None:
+    """Wait until a replica has taken the call. Raises Unavailable when none does in time."""
+    try:
+        async with asyncio.timeout(ASSIGN_S):
+            await response._fetch_future_result_async()  # private in Ray 2.60, which has no public way to wait for this
+    except TimeoutError:
+        raise Unavailable(f"The model {name!r} has no replica that can take this request now.", retry_after_s=2.0) from None
+
+
+def _cancelled_by_us() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def platform_error(error: BaseException, name: str) -> PlatformError:

@@ -10,15 +10,15 @@ from __future__ import annotations
 # fmt: off
 SHARDABLE = frozenset({
     "apertus", "arcee", "biogpt", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
-    "gpt_neox", "granite", "helium", "llama", "ministral", "ministral3", "mistral", "nemotron", "olmo", "opt", "phi", "qwen2",
-    "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma",
+    "gpt_neox", "granite", "helium", "llama", "ministral", "ministral3", "mistral", "olmo", "opt", "phi", "qwen2",
+    "qwen3", "seed_oss", "smollm3", "starcoder2", "vaultgemma",
     # These have experts, which stay whole on every rank: only attention and dense layers are split.
     "dots1", "ernie4_5_moe", "glm4_moe", "granitemoe", "mixtral", "qwen2_moe", "qwen3_moe",
 })
 # fmt: on
 """Sharded logits equal whole ones."""
 
-NOT_SHARDABLE_WITH = {"cohere": "use_qk_norm", "stablelm": "qk_layernorm"}
+NOT_SHARDABLE_WITH = {"cohere": "use_qk_norm"}
 """Shardable families with a switch that ends it: a norm with a weight for every head, of which a rank has only some."""
 
 _FUSED = "its query, key and value are one matrix, which AutoTP cuts across heads"
@@ -44,12 +44,14 @@ NOT_SHARDABLE = {
 
 _OWN_ATTENTION = "its attention can't be replaced through transformers' AttentionInterface, so its keys and values can't be paged"
 _RECURRENT = "it keeps a recurrent state beside keys and values"
+_NO_WAY_IN = "it doesn't pass what paged attention needs on to its attention"
 _UNEQUAL = "its keys and values differ in width"
 
 NOT_SERVABLE = {
     **dict.fromkeys(["bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "xglm"], _OWN_ATTENTION),
     **dict.fromkeys(["bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2"], _RECURRENT),
     **dict.fromkeys(["minimax", "nemotron_h", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2"], _RECURRENT),
+    **dict.fromkeys(["nemotron", "stablelm"], _NO_WAY_IN),
     **dict.fromkeys(["deepseek_v2", "deepseek_v3"], _UNEQUAL),
     "llama4_text": "its layers attend in chunks, which only its mask says",
     "doge": "its mask is computed from values",

@@ -22,11 +22,12 @@ from deployments.engine.shard import Shard, ShardSpec, num_blocks
 
 @dataclass(slots=True)
 class Generation:
-    """One finished answer; times are seconds since `generate` was called."""
+    """One finished answer; times are seconds since the request got its place in the batch."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    started_at: float = 0.0
     first_token_s: float = 0.0
     finished_s: float = 0.0
 
@@ -80,14 +81,15 @@ class LocalEngine:
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         results = [Generation() for _ in prompts]
         waiting = deque(range(len(prompts)))
-        began, running = time.perf_counter(), 0
+        running = 0
         while waiting or running:
             while waiting and running < (concurrency or len(prompts)):
                 number = waiting.popleft()
+                results[number].started_at = time.perf_counter()
                 self.engine.add(self._request(number, prompts[number], samplings[number]))
                 running += 1
             for output in self.engine.step():
-                self._take(results[output.request_id], output, time.perf_counter() - began)
+                self._take(results[output.request_id], output)
                 running -= output.finish_reason is not None
         return results
 
@@ -120,7 +122,8 @@ class LocalEngine:
         )
 
     @staticmethod
-    def _take(result: Generation, output: Output, now: float) -> None:
+    def _take(result: Generation, output: Output) -> None:
+        now = time.perf_counter() - result.started_at
         result.first_token_s = result.first_token_s or now
         result.token_ids.append(output.token)
         if output.logprob is not None:

@@ -31,7 +31,7 @@ OPERATIONS = {
 
 async def call(entrance: Entrance, key: str, operation: str, body: Mapping[str, Any]) -> AsyncGenerator[Part, None]:
     """Raises PlatformError; a fault of ours arrives without its words, as over HTTP."""
-    notes = Exchange(method="CALL")
+    notes, operation = Exchange(method="CALL"), str(operation)
     try:
         with entrance.gate.admit():
             async with aclosing(_admitted(entrance, key, operation, body, notes)) as answers:
@@ -53,7 +53,7 @@ async def _admitted(
 ) -> AsyncGenerator[Part, None]:
     notes.principal = await entrance.keys.principal(key)
     if operation not in OPERATIONS:
-        raise NotFound(f"There is no operation {str(operation)[:64]!r}; there are {', '.join(OPERATIONS)}.")
+        raise NotFound(f"There is no operation {operation[:64]!r}; there are {', '.join(OPERATIONS)}.")
     scopes.permit(notes.principal, OPERATIONS[operation])
     bounds = entrance.settings
     tree = limits.through_json(body, bounds.max_body_bytes, bounds.max_json_depth)

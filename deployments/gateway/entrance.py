@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.settings import GatewaySettings
+from deployments.gateway.guards import Gate
 from deployments.gateway.keys import Keys, Verify
-from deployments.gateway.middleware import Gate
 from deployments.router import Models
 
 KEEPALIVE_S = 15.0

@@ -11,7 +11,8 @@ from starlette.middleware import Middleware
 from starlette.types import Message, Receive, Scope, Send
 
 from deployments.gateway.exchange import client_request_id
-from deployments.gateway.middleware import Stage, is_control
+from deployments.gateway.guards import is_control
+from deployments.gateway.stage import Stage
 
 CALLBACK = "deployments.gateway.front:middlewares"
 

@@ -42,8 +42,9 @@ class Gateway:
     """One replica of the entrance."""
 
     def __init__(self, settings: Settings, parts: Parts = from_store) -> None:
-        from cluster import log
+        from cluster import ingress, log
 
+        ingress.bind_inside()
         log.configure(settings.log_level)
         self._settings = settings
         self._models, self._verify = parts(settings)

@@ -152,13 +152,13 @@ ask = {GREEDY!r}
 client = connect(api_key={platform.quickstart["api_key"]!r})
 plain = client.chat.completions.create(**ask)
 stream = client.chat.completions.create(**ask, stream=True)
-pieces = [choice["delta"].get("content") or "" for chunk in stream for choice in chunk["choices"]]
+pieces = [choice.delta.content or "" for chunk in stream for choice in chunk.choices]
 try:
     connect(api_key="mk_wrong").chat.completions.create(**ask)
     refused = False
 except Unauthenticated:
     refused = True
-print(json.dumps([plain["choices"][0]["message"]["content"], "".join(pieces), refused]))
+print(json.dumps([plain.choices[0].message.content, "".join(pieces), refused]))
 """
     import sys
 

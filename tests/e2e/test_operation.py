@@ -14,7 +14,8 @@ import openai
 import psutil
 import pytest
 
-from cluster import launch
+from cluster import launch, ports
+from cluster.private_files import Secrets
 from tests.e2e.platform import MODEL, ROOT, RunningPlatform
 from tests.e2e.test_chat import GREEDY, streamed, until
 
@@ -48,20 +49,14 @@ def test_status_tells_what_is_served(platform: RunningPlatform) -> None:
 
 
 def test_everything_listens_on_loopback_alone(platform: RunningPlatform) -> None:
-    outside = []
-    for process in launch.family(platform.settings):
-        for connection in process.net_connections("inet"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.ip not in ("127.0.0.1", "::1"):
-                outside.append((process.name(), connection.laddr))
-    assert outside == []
+    found = ports.listening(launch.family(platform.settings))
+    assert found
+    assert [listener for listener in found if not listener.is_loopback] == []
 
 
 def test_example_job_runs_under_ray_job_submit(platform: RunningPlatform) -> None:
     address = f"http://127.0.0.1:{platform.settings.ray.dashboard_port}"
-    token = platform.settings.home / "secrets" / "ray_token"
     words = ("job", "submit", "--address", address, "--working-dir", str(ROOT / "examples"), "--", "python", "chat_job.py")
-    from cluster.private_files import Secrets
-
     token = Secrets(platform.settings.home).ray_token_path
     result = platform.run(
         sys.executable, "-m", "ray.scripts.scripts", *words, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token)

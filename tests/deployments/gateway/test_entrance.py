@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from deployments.gateway.app import router
 from deployments.gateway.scopes import DOCUMENTATION, PUBLIC, ScopedRoute
-from tests.deployments.gateway.conftest import Server
+from tests.deployments.gateway.conftest import Server, eventually
 from tests.fakes import KeyRing
 
 CHAT = "/v1/chat/completions"
@@ -31,6 +31,10 @@ def error_of(answer: httpx.Response) -> dict[str, object]:
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return error
+
+
+def requests(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.message == "request"]
 
 
 def test_every_route_but_the_public_ones_refuses_anonymous_callers(server: Server) -> None:
@@ -172,7 +176,8 @@ def test_request_ids_are_ours_and_unique(http: httpx.Client, caplog: pytest.LogC
     ]
     assert len({own for (own,) in ids}) == 50
     assert all(re.fullmatch(r"req_[0-9a-f]{12}7[0-9a-f]{3}[89ab][0-9a-f]{15}", own) for (own,) in ids)
-    records = [record for record in caplog.records if record.message == "request"]
+    eventually(lambda: len(requests(caplog)) == 50)  # a record is written after its answer
+    records = requests(caplog)
     assert {record.client_request_id for record in records} == {"mine", "mine?"}
     assert {record.request_id for record in records} == {own for (own,) in ids}
 
@@ -182,7 +187,8 @@ def test_records_tell_the_call_and_never_the_key(server: Server, http: httpx.Cli
     http.post(CHAT, json={**GOOD, "stream": True})
     http.post(CHAT, json={**GOOD, "model": KeyRing.ADMIN}, headers={"authorization": "Bearer mk_not_known_0001"})
     http.post(CHAT, content=b"{")
-    done = next(record for record in caplog.records if record.message == "request")
+    eventually(lambda: len(requests(caplog)) == 3)
+    done = requests(caplog)[0]
     assert (done.status, done.route, done.tenant, done.key_id, done.model) == (200, CHAT, "acme", "key_user", "echo")
     assert (done.prompt_tokens, done.completion_tokens) == (7, 1)
     everything = " ".join(str(vars(record)) for record in caplog.records)

@@ -15,7 +15,7 @@ from cluster.types import Principal
 from deployments.gateway import errors
 from deployments.gateway.exchange import Exchange, new_request_id
 from deployments.gateway.front import Front, first_of
-from deployments.gateway.middleware import DropControlHeaders, Gate, is_control
+from deployments.gateway.guards import DropControlHeaders, Gate, is_control
 from deployments.gateway.scopes import ScopedRoute, permit, public_paths, requires
 
 CONTROL = [
