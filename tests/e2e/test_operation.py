@@ -49,7 +49,7 @@ def test_status_tells_what_is_served(platform: RunningPlatform) -> None:
 
 
 def test_everything_listens_on_loopback_alone(platform: RunningPlatform) -> None:
-    found = ports.listening(launch.family(platform.settings))
+    found = ports.listeners({process.pid for process in launch.family(platform.settings)})
     assert found
     assert [listener for listener in found if not listener.is_loopback] == []
 
