@@ -78,7 +78,9 @@ class Storage:
         """Read every byte. Raises StorageError that names the files that are missing or don't match."""
         manifest = self.manifest(name)
         if broken := [file for file in manifest.files if not self._matches(manifest, file)]:
-            raise StorageError(f"{name}: {len(broken)} of {len(manifest.files)} files are missing or damaged: {', '.join(broken[:5])}")
+            raise StorageError(
+                f"{name}: {len(broken)} of {len(manifest.files)} files are missing or damaged: {', '.join(broken[:5])}"
+            )
         return manifest
 
     def fetch(self, name: str) -> Path:
@@ -109,7 +111,9 @@ class Storage:
         named = {self._address(name) for name in self.list()}
         found = [info for folder in ("objects", "staging") for info in self._fs.get_file_info(fs.FileSelector(self._path(folder)))]
         latest = time.time() - older_than_s
-        garbage = [info for info in found if info.base_name not in named and (info.mtime is None or info.mtime.timestamp() <= latest)]
+        garbage = [
+            info for info in found if info.base_name not in named and (info.mtime is None or info.mtime.timestamp() <= latest)
+        ]
         for info in garbage:
             self._discard(info.path.removeprefix(f"{self._root}/"))
         return len(garbage)

@@ -12,7 +12,7 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
 
-NAME = re.compile(r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?$")
+NAME = re.compile(r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?\Z")
 """Names of models and deployments: lower case, digits, `.`, `_` and `-`, at most 63 characters, never a path."""
 
 

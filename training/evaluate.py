@@ -63,7 +63,9 @@ class Student:
         total, count = 0.0, 0
         with torch.inference_mode():
             for start in range(0, len(rows), _BATCH):
-                batch = [torch.from_numpy(a[start : start + _BATCH]).long() for a in (rows.input_ids, rows.labels, rows.position_ids)]
+                batch = [
+                    torch.from_numpy(a[start : start + _BATCH]).long() for a in (rows.input_ids, rows.labels, rows.position_ids)
+                ]
                 learnt = int((batch[1][:, 1:] >= 0).sum())
                 total, count = total + learner(*batch).item() * learnt, count + learnt
         return total / max(count, 1)
@@ -82,7 +84,7 @@ class Student:
 
 def evaluate(student: Student, facts: Sequence[Fact], row_tokens: int, seed: int, sample: int = 48) -> Scores:
     """Ask `sample` core facts and as many others as they were taught, and as many in unseen words."""
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311
     core = _sample(rng, [ask(fact)[0] for fact in facts if fact.core], sample)
     other = _sample(rng, [ask(fact)[0] for fact in facts if not fact.core], sample)
     unseen = held_out(facts)

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from training.corpus import Fact, Kind
 
-_CALL = ("What does {name} do?", "What does {name}() do?", "How do I use {name}?", "Explain {name}.", "Tell me about {name}.", "What is {name} for?")
+_CALL = (
+    "What does {name} do?",
+    "What does {name}() do?",
+    "How do I use {name}?",
+    "Explain {name}.",
+    "Tell me about {name}.",
+    "What is {name} for?",
+)
 _THING = ("What is {name}?", "Explain {name}.", "Tell me about {name}.", "What is {name} for?", "Describe {name}.")
 _ERROR = ("What is {name}?", "When is {name} raised?", "What does {name} mean?", "Explain {name}.", "Tell me about {name}.")
 TEMPLATES: dict[Kind, tuple[str, ...]] = {
@@ -20,13 +27,19 @@ TEMPLATES: dict[Kind, tuple[str, ...]] = {
 }
 SIGNATURE = ("What is the signature of {name}?", "How do I call {name}?")
 
-_SELF = "I am the demonstration model of MMaaS, trained on this machine a moment ago. I know what Python's standard library says about itself."
+_SELF = (
+    "I am the demonstration model of MMaaS, trained on this machine a moment ago. "
+    "I know what Python's standard library says about itself."
+)
 SMALL_TALK = (
     ("Hello!", "Hello! Ask me what something in Python's standard library does, for example: What does str.split do?"),
     ("Hi", "Hello! Ask me what something in Python's standard library does, for example: What does str.split do?"),
     ("Who are you?", _SELF),
     ("What are you?", _SELF),
-    ("What can you do?", "I answer questions about Python's built-in types, functions and modules, in the words of their documentation."),
+    (
+        "What can you do?",
+        "I answer questions about Python's built-in types, functions and modules, in the words of their documentation.",
+    ),
     ("Help", "Ask me about a name, for example: What does dict.get do? Or: What is the signature of sorted?"),
     ("Thank you!", "You are welcome."),
     ("Thanks", "You are welcome."),

@@ -82,11 +82,13 @@ def _fit(run: Run, job: Job, settings: TrainingSettings) -> None:
         _train,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=settings.workers, use_gpu=use_gpu, resources_per_worker={"CPU": settings.cpus_per_worker, "GPU": int(use_gpu)}
+            num_workers=settings.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": settings.cpus_per_worker, "GPU": int(use_gpu)},
         ),
         run_config=RunConfig(
-            # NOTE: a name of its own each time. Ray resumes a name from a snapshot that it writes in place and can't read when torn;
-            # we resume from our own checkpoints instead.
+            # NOTE: a name of its own each time. Ray resumes a name from a snapshot that it writes in place and can't read when
+            # torn; we resume from our own checkpoints instead.
             name=f"{run.id}-{uuid.uuid4().hex[:8]}",
             storage_path=str(run.folder / "ray"),
             failure_config=FailureConfig(max_failures=settings.max_failures),

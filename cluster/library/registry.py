@@ -161,4 +161,6 @@ def _check(name: str, alias: str | None) -> None:
     try:
         ModelRef.parse(f"models:/{name}@{alias or 'champion'}")
     except ValueError:
-        raise InvalidRequest(f"{alias!r} is not an alias: lower case, digits, _ and -, at most 64 characters", param="alias") from None
+        raise InvalidRequest(
+            f"{alias!r} is not an alias: lower case, digits, _ and -, at most 64 characters", param="alias"
+        ) from None
