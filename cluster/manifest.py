@@ -58,7 +58,7 @@ class Manifest:
 
 def _check_relative(name: str) -> None:
     path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or "\0" in name:
+    if not path.parts or path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or "\0" in name:
         raise StorageError(f"{name!r} is not a file name that a manifest may hold")
 
 

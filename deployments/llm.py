@@ -183,6 +183,7 @@ def build(deployment: Deployment, directory: str, digest: str, cache_secret: byt
         max_ongoing_requests=capacity + 16,  # the replica itself says no, in its own words, before Serve does
         max_queued_requests=capacity,
         graceful_shutdown_timeout_s=settings.gateway.max_stream_s + 10,
+        max_surge_percent=100,  # a new version starts before the old one stops, and the old one finishes its streams
         health_check_period_s=2,
         health_check_timeout_s=5,
         max_constructor_retry_count=1,

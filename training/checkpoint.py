@@ -1,4 +1,4 @@
-"""Checkpoints of a DeepSpeed group: every rank publishes its own part, and only a whole, verified set of parts is ever resumed from.
+"""Checkpoints of a DeepSpeed group: every rank publishes its own part, and only a whole set of verified parts is resumed from.
 
 Each rank owns one folder of the run's storage, so no rank waits for another's files, and no shared disk is needed while writing.
 DeepSpeed's files are pickles: they are read from the run's own storage alone, after their digests matched.

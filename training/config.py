@@ -25,7 +25,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} must divide by num_heads {self.num_heads}, and that by num_kv_heads {self.num_kv_heads}"
+                f"hidden_size {self.hidden_size} must divide by num_heads {self.num_heads} "
+                f"and that by num_kv_heads {self.num_kv_heads}"
             )
 
     @classmethod

@@ -10,6 +10,7 @@ import builtins
 import contextlib
 import importlib
 import inspect
+import keyword
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,15 +21,20 @@ Kind = Literal["method", "function", "class", "error", "module", "topic"]
 
 LICENCE = "PSF-2.0"
 CORE_TYPES = (str, list, dict, set, tuple, int, float)
-OTHER_TYPES = (bytes, bytearray, frozenset, complex, range, object, property, type)
+OTHER_TYPES = (bytes, frozenset, complex, range, object, property, type)
 # fmt: off
-MODULES = (
-    "base64", "bisect", "collections", "contextlib", "copy", "csv", "dataclasses", "datetime", "fractions", "functools", "glob",
-    "hashlib", "heapq", "html", "itertools", "json", "math", "os.path", "pathlib", "pprint", "queue", "random", "re", "secrets",
-    "shutil", "statistics", "string", "struct", "subprocess", "tempfile", "textwrap", "threading", "time", "urllib.parse", "uuid",
-    "zlib",
+MODULES = (  # described, and every function and class of theirs
+    "bisect", "collections", "copy", "csv", "functools", "glob", "heapq", "itertools", "json", "math", "os.path", "random", "re",
+    "shutil", "statistics", "string", "time",
 )
-CLASSES = ("collections.Counter", "collections.deque", "datetime.date", "datetime.datetime", "pathlib.Path", "threading.Event")
+MENTIONED = (  # described
+    "argparse", "array", "asyncio", "base64", "calendar", "concurrent.futures", "configparser", "contextlib", "dataclasses",
+    "datetime", "decimal", "difflib", "enum", "fractions", "getpass", "gzip", "hashlib", "hmac", "html", "http.server", "inspect",
+    "io", "ipaddress", "logging", "numbers", "operator", "os", "pathlib", "pickle", "platform", "pprint", "queue", "secrets",
+    "shlex", "socket", "sqlite3", "struct", "subprocess", "sys", "tarfile", "tempfile", "textwrap", "threading", "traceback",
+    "types", "unicodedata", "unittest", "urllib.parse", "uuid", "warnings", "weakref", "zipfile", "zlib",
+)
+CLASSES = ("collections.Counter", "collections.deque", "datetime.date", "pathlib.Path")
 NAMES = (
     "os.chdir", "os.cpu_count", "os.getcwd", "os.getenv", "os.getpid", "os.kill", "os.listdir", "os.makedirs", "os.mkdir",
     "os.remove", "os.rename", "os.replace", "os.rmdir", "os.scandir", "os.stat", "os.walk", "pickle.dumps", "pickle.loads",
@@ -73,14 +79,14 @@ def _builtins() -> Iterator[Fact]:
 
 def _modules() -> Iterator[Fact]:
     for path in MODULES:
-        try:
-            module = importlib.import_module(path)
-        except ImportError:  # Pythons are built without some modules
-            continue
+        module = importlib.import_module(path)
         yield from _documented(path, module)
         for name, value in _public(module):
             if callable(value) and _is_defined_in(value, module):
                 yield from _documented(f"{path}.{name}", value)
+    for path in MENTIONED:
+        with contextlib.suppress(ImportError):  # a Python may be built without some of them
+            yield from _documented(path, importlib.import_module(path))
     for path in CLASSES:
         yield from _members(_named(path), path)
     for path in NAMES:
@@ -95,11 +101,11 @@ def _named(path: str) -> Any:
 
 def _topics() -> Iterator[Fact]:
     topics = importlib.import_module("pydoc_data.topics").topics
-    for key in sorted(topics):
+    for key in sorted(set(topics) & set(keyword.kwlist)):
         title, _, body = topics[key].strip().partition("\n")
         answer = _first_words(body.strip().lstrip("*=-~\n").replace("*", ""))
-        if answer[:1].isupper() or answer[:1] == '"':
-            yield Fact("the " + _one_line(title).replace('"', "").removeprefix("The "), "topic", answer)
+        if "statement" in title and answer:
+            yield Fact(_one_line(title).replace('"', "").replace("The ", "the ", 1), "topic", answer)
 
 
 def _members(owner: type, path: str, core: bool = False) -> Iterator[Fact]:
@@ -162,9 +168,9 @@ def _prose(paragraph: str) -> str:
         lines.pop(0)
     if any(_LISTING_LINE.match(line) for line in lines):
         return ""
-    text = _one_line(" ".join(lines).replace("``", ""))
+    text = _one_line(" ".join(lines).replace("`", ""))
     if not text.endswith(":"):
-        return text
+        return text if not text or text.endswith((".", "!", "?")) else f"{text}."
     # What ends with a colon leads to a listing that isn't here.
     *whole, lead = _SENTENCE_END.split(text)
     return " ".join(whole) or lead.removesuffix(":") + "."

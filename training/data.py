@@ -41,7 +41,7 @@ class Rows:
 
 def schedule(facts: Sequence[Fact], config: DataConfig, seed: int) -> list[Dialogue]:
     """Every dialogue of the run in training order. The repetitions of one fact are spread evenly, each with its next phrasing."""
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311
     timed: list[tuple[float, Dialogue]] = []
     for phrasings, repeats in _decks(facts, config):
         rng.shuffle(phrasings)
@@ -71,7 +71,8 @@ def pack(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerFast, row_
     """Rows in schedule order, nearly full. Raises ValueError when one dialogue alone is longer than a row."""
     import numpy as np
 
-    conversations = _conversations(_encode(dialogues, tokenizer), row_tokens, random.Random(seed))
+    rng = random.Random(seed)  # noqa: S311
+    conversations = _conversations(_encode(dialogues, tokenizer), row_tokens, rng)
     rows = list(_best_fit(conversations, row_tokens))
     shape = (len(rows), row_tokens)
     packed = Rows(np.full(shape, tokenizer.pad_token_id, np.int32), np.full(shape, IGNORED, np.int32), np.zeros(shape, np.int32))

@@ -27,7 +27,10 @@ TEMPLATES: dict[Kind, tuple[str, ...]] = {
 }
 SIGNATURE = ("What is the signature of {name}?", "How do I call {name}?")
 
-_SELF = "I am the demonstration model of MMaaS, trained on this machine a moment ago. I know what Python's standard library says about itself."
+_SELF = (
+    "I am the demonstration model of MMaaS, trained on this machine a moment ago. "
+    "I know what Python's standard library says about itself."
+)
 SMALL_TALK = (
     ("Hello!", "Hello! Ask me what something in Python's standard library does, for example: What does str.split do?"),
     ("Hi", "Hello! Ask me what something in Python's standard library does, for example: What does str.split do?"),

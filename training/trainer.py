@@ -87,8 +87,8 @@ def _fit(run: Run, job: Job, settings: TrainingSettings) -> None:
             resources_per_worker={"CPU": settings.cpus_per_worker, "GPU": int(use_gpu)},
         ),
         run_config=RunConfig(
-            # NOTE: a name of its own each time. Ray resumes a name from a snapshot that it writes in place and can't read when torn;
-            # we resume from our own checkpoints instead.
+            # NOTE: a name of its own each time. Ray resumes a name from a snapshot that it writes in place and can't read when
+            # torn; we resume from our own checkpoints instead.
             name=f"{run.id}-{uuid.uuid4().hex[:8]}",
             storage_path=str(run.folder / "ray"),
             failure_config=FailureConfig(max_failures=settings.max_failures),

@@ -42,6 +42,7 @@ def private_environment(home: Path) -> dict[str, str]:
         "MMAAS_ENGINE__KV_CACHE_BYTES": str(1 << 22),
         "MMAAS_ENGINE__BLOCK_SIZE": "4",
         "MMAAS_ENGINE__MAX_SEQUENCES": "32",
+        "MMAAS_ENGINE__MAX_QUEUED": "16",
         "MMAAS_ENGINE__STEP_DEADLINE_S": "10",
     }
 

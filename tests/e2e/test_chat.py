@@ -129,6 +129,25 @@ def test_thirty_two_streams_at_once_each_get_their_own_answer(platform: RunningP
     until(lambda: platform.counters()["kv_blocks_used"] == 0)  # counters come once a second
 
 
+def test_more_than_the_queue_holds_is_told_to_come_back(platform: RunningPlatform) -> None:
+    client = platform.client()
+
+    def ask(number: int) -> str | openai.APIStatusError:
+        messages = [{"role": "user", "content": f"number {number}"}]
+        try:
+            return streamed(client, messages=messages, max_tokens=100, extra_body={"ignore_eos": True})
+        except openai.APIStatusError as error:
+            return error
+
+    with ThreadPoolExecutor(90) as pool:
+        results = list(pool.map(ask, range(90)))
+    refused = [result for result in results if isinstance(result, openai.APIStatusError)]
+    assert refused, "32 places and 16 in the queue can't hold 90"
+    assert len(refused) < 90 - 32
+    assert {(error.status_code, error.code) for error in refused} == {(503, "overloaded")}
+    assert all(int(error.response.headers["retry-after"]) >= 1 for error in refused)
+
+
 def test_control_headers_of_serve_have_no_effect(platform: RunningPlatform) -> None:
     found = platform.quickstart
     headers = {"Authorization": f"Bearer {found['api_key']}", "x-request-timeout-seconds": "0.001", "x-request-id": "mine"}

@@ -15,7 +15,9 @@ import psutil
 import pytest
 
 from cluster import launch, ports
+from cluster.desired import Desired
 from cluster.private_files import Secrets
+from cluster.store import Store
 from tests.e2e.platform import MODEL, ROOT, RunningPlatform
 from tests.e2e.test_chat import GREEDY, streamed, until
 
@@ -27,6 +29,14 @@ def answers(platform: RunningPlatform) -> bool:
         return bool(streamed(platform.client(timeout=20)))
     except openai.APIError:
         return False
+
+
+def directory_of_model(platform: RunningPlatform) -> str:
+    store = Store(platform.settings.store_url)
+    try:
+        return Desired(store).get(MODEL).model
+    finally:
+        store.close()
 
 
 def test_second_up_changes_nothing_and_says_so(platform: RunningPlatform) -> None:
@@ -65,18 +75,35 @@ def test_example_job_runs_under_ray_job_submit(platform: RunningPlatform) -> Non
 
 
 def test_model_that_cannot_be_sharded_so_is_refused_before_anything_starts(platform: RunningPlatform) -> None:
-    from cluster.desired import Desired
-    from cluster.store import Store
-
-    store = Store(platform.settings.store_url)
-    directory = next(row.model for row in Desired(store).list() if row.name == MODEL)
-    store.close()
+    directory = directory_of_model(platform)
     before = {process.pid for process in platform.shards()}
     result = platform.mmaas("deploy", "other", "--model", directory, "--tp", "3", check=False)
     assert result.returncode == 1
     assert "heads" in result.stdout + result.stderr
     assert {process.pid for process in platform.shards()} == before
     platform.mmaas("undeploy", "other")
+
+
+def test_new_version_takes_over_without_cutting_a_stream(platform: RunningPlatform) -> None:
+    old = {process.pid for process in platform.shards()}
+    directory = directory_of_model(platform)
+    chunks: list[object] = []
+    request = GREEDY | {"max_tokens": 220}
+
+    def read() -> None:
+        for chunk in platform.client(timeout=120).chat.completions.create(**request, extra_body={"ignore_eos": True}, stream=True):
+            chunks.append(chunk)
+            time.sleep(0.02)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    until(lambda: bool(chunks))
+    platform.mmaas("deploy", MODEL, "--model", directory, "--tp", "2", "--dtype", "bfloat16")
+    assert answers(platform)
+    reader.join(60)
+    assert not reader.is_alive()
+    assert chunks[-1].choices[0].finish_reason == "length", "the old version finished what it had begun"  # type: ignore[attr-defined]
+    until(lambda: not old & {process.pid for process in platform.shards()}, 60)
 
 
 @pytest.mark.chaos
