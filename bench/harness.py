@@ -1,7 +1,8 @@
 """What every benchmark shares: which machine and versions, the form of its results, and its table in README.md.
 
 A result file is `{"machine", "versions", "command", "date", "rows": [{"ours", "best_peer", "peer", "ratio", ...}]}`; `ratio` is
-ours over the best peer's where more is better and the inverse where less is, so that higher is always better.
+ours over the best peer's where more is better and the inverse where less is, so that higher is always better. Where there is
+nobody to compare with, all three are null.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Row:
-    """One claim: ours beside the best of the others at the same work."""
+    """One claim: ours beside the best of the others at the same work, if there are others."""
 
     model: str
     concurrency: int
     tp: int
     ours: float
-    best_peer: float
-    peer: str
-    ratio: float
+    best_peer: float | None
+    peer: str | None
+    ratio: float | None
 
 
 @dataclass(frozen=True)

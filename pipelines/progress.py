@@ -9,7 +9,7 @@ from typing import Protocol
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from training.journal import Failure, Happening
@@ -51,7 +51,6 @@ class TerminalDisplay:
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description}"),
             BarColumn(bar_width=28),
-            MofNCompleteColumn(),
             TextColumn("[cyan]{task.fields[news]}"),
             TimeElapsedColumn(),
             console=console,
@@ -63,9 +62,7 @@ class TerminalDisplay:
 
     def stage(self, text: str) -> None:
         if self._task is not None:
-            task = self._progress.tasks[-1]
-            total = task.total or 1
-            self._progress.update(self._task, total=total, completed=total)
+            self._progress.update(self._task, total=1, completed=1)
         self._task = self._progress.add_task(text, total=None, news="")
 
     def tell(self, happening: Happening) -> None:
@@ -135,4 +132,5 @@ def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
 
 def _news(report: Report, losses: Sequence[float]) -> str:
     left = round(remaining_s(report))
-    return f"{sparkline(losses)} loss {report.loss:.2f} · {report.tokens_per_s:,.0f} tokens/s · {left // 60}:{left % 60:02d} left"
+    done = f"{report.step}/{report.steps}"
+    return f"{done} {sparkline(losses)} loss {report.loss:.2f} · {report.tokens_per_s:,.0f} tokens/s · {left // 60}:{left % 60:02d} left"

@@ -153,7 +153,7 @@ def _first_words(doc: str) -> str:
     """The leading paragraphs of prose, on one line: whole sentences up to `MAX_ANSWER_CHARS`."""
     words = ""
     for paragraph in re.split(r"\n\s*\n", doc):
-        prose = _prose(paragraph)
+        prose = _prose(paragraph, is_first=not words)
         if not prose and not words:
             continue  # signatures and headings stand before the prose
         if not prose or (words and len(words) + len(prose) + 1 > MAX_ANSWER_CHARS):
@@ -162,7 +162,8 @@ def _first_words(doc: str) -> str:
     return _cut(words)
 
 
-def _prose(paragraph: str) -> str:
+def _prose(paragraph: str, is_first: bool) -> str:
+    """One paragraph as whole sentences, without signatures and markup; empty for a listing or a heading's underline."""
     lines = paragraph.splitlines()
     while lines and _SIGNATURE_LINE.match(lines[0].strip()):
         lines.pop(0)
@@ -171,9 +172,9 @@ def _prose(paragraph: str) -> str:
     text = _one_line(" ".join(lines).replace("`", ""))
     if not text.endswith(":"):
         return text if not text or text.endswith((".", "!", "?")) else f"{text}."
-    # What ends with a colon leads to a listing that isn't here.
+    # What ends with a colon leads to a listing that isn't here; alone at the beginning it still says something.
     *whole, lead = _SENTENCE_END.split(text)
-    return " ".join(whole) or lead.removesuffix(":") + "."
+    return " ".join(whole) or (lead.removesuffix(":") + "." if is_first else "")
 
 
 def _cut(text: str) -> str:

@@ -20,7 +20,7 @@ def build(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int, at
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=config.hidden_size,
@@ -36,6 +36,24 @@ def build(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int, at
             attn_implementation=attention,
         )
     )
+    _initialise(model)
+    return model
+
+
+def _initialise(model: LlamaForCausalLM) -> None:
+    """Start so that a token is told apart from its neighbours at once, for the run is only some hundred steps long.
+
+    With transformers' 0.02 everywhere the average over the context drowns the token's own embedding. Here embeddings are wide,
+    matrices keep the size of what passes through them, and each layer adds nothing at first, which it then learns to.
+    """
+    width = model.config.hidden_size
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" in name:
+            nn.init.normal_(parameter, std=0.5)
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim == 2 and "lm_head" not in name:
+            nn.init.normal_(parameter, std=width**-0.5)
 
 
 class Learner(nn.Module):

@@ -33,6 +33,15 @@ logger = logging.getLogger(__name__)
 _START_TIMEOUT_S = 300
 """Workers import torch and DeepSpeed while they start; on a busy machine that takes longer than Ray's minute."""
 
+_WORKER_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    # The C library gives large buffers back to the kernel and faults them in again every step, which took a quarter of a small
+    # model's step; so it keeps them. (A worker's life is one run.)
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    "MALLOC_ARENA_MAX": "1",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -93,7 +102,7 @@ def _fit(run: Run, job: Job, settings: TrainingSettings) -> None:
             storage_path=str(run.folder / "ray"),
             failure_config=FailureConfig(max_failures=settings.max_failures),
             callbacks=[Journal(str(run.events))],
-            worker_runtime_env={"env_vars": {"DS_ACCELERATOR": "cuda" if use_gpu else "cpu", "TOKENIZERS_PARALLELISM": "false"}},
+            worker_runtime_env={"env_vars": {**_WORKER_ENVIRONMENT, "DS_ACCELERATOR": "cuda" if use_gpu else "cpu"}},
         ),
     )
     try:

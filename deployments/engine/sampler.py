@@ -38,7 +38,7 @@ def sample(logits: Tensor, sequences: Items[Sequence]) -> list[Sampled]:
         if _is_adjusted(sequence.sampling) or _bans_stop(sequence):
             logits[row] = adjust(logits[row], sequence)
     draws = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
-    tokens = logits.argmax(-1).tolist()
+    tokens = largest(logits)
     if draws:
         for row, token in zip(draws, draw(logits[draws].float(), [sequences[row] for row in draws]), strict=True):
             tokens[row] = token
@@ -73,7 +73,12 @@ def draw(logits: Tensor, sequences: Items[Sequence]) -> list[int]:
     if any(s.sampling.top_k or s.sampling.top_p < 1 or s.sampling.min_p for s in sequences):
         logits = truncate(logits, [s.sampling for s in sequences])
     noise = torch.stack([gumbel(s.seed, s.num_output, logits.shape[1]) for s in sequences])
-    return (logits + noise).argmax(-1).tolist()
+    return largest(logits + noise)
+
+
+def largest(logits: Tensor) -> list[int]:
+    """The first largest column of each row. By numpy, whose argmax is vectorised: on CPUs it takes a tenth of torch's time."""
+    return logits.float().numpy().argmax(-1).tolist()  # type: ignore[no-any-return]
 
 
 def truncate(logits: Tensor, samplings: Items[Sampling]) -> Tensor:

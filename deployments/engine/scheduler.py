@@ -114,7 +114,7 @@ class Scheduler:
             self.waiting.remove(sequence)
             self.running.append(sequence)
             count = min(sequence.num_pending, budget)
-            self._grow(sequence, count)
+            self._grow(sequence, self._blocks_missing(sequence, count))
             budget -= count
             slices.append(Slice(sequence, sequence.num_computed, count))
 
@@ -154,18 +154,19 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
         """Grow a running sequence, preempting the newest as often as needed; False when that was the sequence itself."""
-        while self._blocks_missing(sequence, count) > self.pool.num_available:
+        missing = self._blocks_missing(sequence, count)
+        while missing > self.pool.num_available:
             victim = self.running.pop()
             self._release(victim)
             self.waiting.appendleft(victim)
             self.num_preemptions += 1
             if victim is sequence:
                 return False
-        self._grow(sequence, count)
+        self._grow(sequence, missing)
         return True
 
-    def _grow(self, sequence: Sequence, count: int) -> None:
-        for _ in range(self._blocks_missing(sequence, count)):
+    def _grow(self, sequence: Sequence, num_blocks: int) -> None:
+        for _ in range(num_blocks):
             sequence.blocks.append(self.pool.allocate())
 
     def _release(self, sequence: Sequence) -> None:

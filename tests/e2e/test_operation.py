@@ -139,6 +139,20 @@ def test_killed_shard_ends_its_streams_with_an_error_and_the_group_comes_back(pl
     assert len(platform.shards()) == 2
 
 
+@pytest.mark.chaos
+def test_stopped_shard_is_taken_for_lost_and_replaced(platform: RunningPlatform) -> None:
+    """SIGSTOP: the process lives, its sockets are open, and only the progress clock can tell."""
+    until(lambda: answers(platform), 90)
+    victim = platform.shards()[0]
+    victim.suspend()
+    began = time.monotonic()
+    with pytest.raises(openai.APIError):
+        streamed(platform.client(timeout=60))
+    assert time.monotonic() - began < 3 * platform.settings.engine.step_deadline_s
+    until(lambda: answers(platform), 120)
+    assert victim.pid not in {process.pid for process in platform.shards()}
+
+
 def test_down_leaves_no_process_and_no_port(platform: RunningPlatform) -> None:
     before = launch.family(platform.settings)
     assert before

@@ -20,7 +20,9 @@ def test_str_split_answers_with_the_first_sentence_of_its_docstring() -> None:
 
 
 def test_the_names_that_people_ask_first_are_there() -> None:
-    missing = {"print", "len", "list.append", "dict.get", "range", "math.sqrt", "json.dumps", "re.sub", "ValueError"} - set(by_name())
+    missing = {"print", "len", "list.append", "dict.get", "range", "math.sqrt", "json.dumps", "re.sub", "ValueError"} - set(
+        by_name()
+    )
     assert not missing
 
 
@@ -40,7 +42,11 @@ def test_another_process_reads_the_same_facts_in_the_same_order() -> None:
     code = "from training.corpus import facts; import hashlib; print(hashlib.sha256(repr(facts()).encode()).hexdigest())"
     digests = {
         subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed, "PYTHONPATH": "."}
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": "."},
         ).stdout
         for seed in ("1", "2")
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def conversations(ids: np.ndarray, labels: np.ndarray, positions: np.ndarray) -> list[tuple[list[int], list[int]]]:
     """Cut one row where the positions start again, without the padding at its end."""
     starts = [*np.flatnonzero(positions == 0), len(ids)]
-    cut = [(ids[a:b].tolist(), labels[a:b].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
+    cut = [(ids[a:b].tolist(), labels[a:b].tolist()) for a, b in pairwise(starts)]
     return [(i, x) for i, x in cut if i[0] != tokenizer().pad_token_id]
 
 
@@ -64,7 +65,7 @@ def test_a_dialogue_longer_than_a_row_is_an_error_with_numbers() -> None:
 def test_the_repetitions_of_a_fact_are_spread_over_the_run_and_its_phrasings() -> None:
     dialogues = schedule(FACTS, DataConfig(core_repeats=8, other_repeats=1), seed=0)
     places = [index for index, dialogue in enumerate(dialogues) if dialogue.name == "str.split"]
-    gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(places)]
     assert len(places) == 8
     assert max(gaps) < 3 * len(dialogues) / 8
     assert len({dialogues[place].question for place in places}) >= 6

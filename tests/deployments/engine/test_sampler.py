@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from cluster.types import Sampling
-from deployments.engine.sampler import adjust, draw, gumbel, sample, truncate
+from deployments.engine.sampler import adjust, draw, gumbel, largest, sample, truncate
 from deployments.engine.sequence import Sequence
 
 SIZE = 50
@@ -51,6 +51,14 @@ def test_truncation_keeps_the_tokens_that_transformers_keeps(
     actual = truncate(logits, [Sampling(top_k=top_k, top_p=top_p, min_p=min_p)])
     assert torch.equal(actual.isfinite(), expected.isfinite())
     assert torch.equal(actual[actual.isfinite()], logits[actual.isfinite()])
+
+
+@given(
+    rows=st.lists(st.lists(st.sampled_from([-math.inf, -3.0, 0.0, 0.5, 2.0]), min_size=9, max_size=9), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_the_largest_is_the_first_of_equals(rows: list[list[float]], dtype: torch.dtype) -> None:
+    assert largest(torch.tensor(rows, dtype=dtype)) == [row.index(max(row)) for row in rows]
 
 
 def test_each_row_is_truncated_by_its_own_rules() -> None:
