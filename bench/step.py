@@ -32,7 +32,8 @@ from deployments.engine.engine import Engine, Request
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deployments.engine.group import Group, Rendezvous
+    from deployments.engine.group import Group
+    from deployments.engine.rendezvous import Rendezvous
 
 Broadcast = Callable[[Sequence[Ints]], float]
 
@@ -173,7 +174,8 @@ def _request(number: int, prompt: list[int], max_tokens: int) -> Request:
 @contextmanager
 def other_rank() -> Iterator[Broadcast]:
     """A second process in a group with this one. Yields what broadcasts batches to it and says the median time, in microseconds."""
-    from deployments.engine.group import Group, Rendezvous
+    from deployments.engine.group import Group
+    from deployments.engine.rendezvous import Rendezvous
 
     spawn = multiprocessing.get_context("spawn")
     arrivals, reports = spawn.Pipe(duplex=False)

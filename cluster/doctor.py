@@ -44,10 +44,11 @@ class Check:
 def examine(settings: Settings) -> list[Check]:
     """All checks, in the order in which one would mend what they find."""
     running = bool(launch.family(settings))
+    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])  # as a rank will look for them
     looks: list[Callable[[], Iterable[Check]]] = [
         lambda: [check_python(sys.version_info[:3])],
         lambda: check_packages(_installed),
-        lambda: [check_compiler(shutil.which)],
+        lambda: [check_compiler(lambda name: shutil.which(name, path=tools))],
         lambda: [check_home(settings.home)],
         lambda: [check_disk(shutil.disk_usage(_existing(settings.home)).free)],
         lambda: [check_memory(psutil.virtual_memory().available)],
@@ -84,7 +85,7 @@ def check_packages(version_of: Callable[[str], str | None]) -> list[Check]:
 def check_compiler(which: Callable[[str], str | None]) -> Check:
     missing = [" or ".join(names) for names in (("g++", "c++"), ("ninja",)) if not any(which(name) for name in names)]
     if missing:
-        advice = "apt install g++ ninja-build: DeepSpeed builds its shared-memory all-reduce; without it shards use plain gloo"
+        advice = "apt install g++ python3-dev ninja-build: DeepSpeed builds its shared-memory all-reduce; without it shards use gloo"
         return Check("compiler", "warn", f"no {' and no '.join(missing)}", advice)
     return Check("compiler", "ok", f"{which('g++') or which('c++')}, {which('ninja')}")
 

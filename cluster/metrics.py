@@ -18,7 +18,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 # The gateway
 GATEWAY_REQUESTS = Counter("mmaas_gateway_requests_total", "Answered requests", ("route", "method", "status"))
 GATEWAY_LATENCY = Histogram("mmaas_gateway_request_seconds", "Time to the end of the answer", ("route",), buckets=_SECONDS)
-GATEWAY_STREAMS = Gauge("mmaas_gateway_streams", "Streams being written")
+GATEWAY_INSIDE = Gauge("mmaas_gateway_requests_inside", "Requests that are being answered, over HTTP and handles")
 TOKENS_IN = Counter("mmaas_gateway_tokens_in_total", "Prompt tokens of finished calls", ("model",))
 TOKENS_OUT = Counter("mmaas_gateway_tokens_out_total", "Output tokens of finished calls", ("model",))
 FIRST_TOKEN = Histogram("mmaas_gateway_first_token_seconds", "Arrival to first token", ("model",), buckets=_SECONDS)

@@ -91,7 +91,14 @@ def prepare(settings: Settings) -> None:
     private_directory(temporary_directory(settings))
     for old in sorted(_ray_directory(settings).glob("session_2*"))[:-1]:  # the last one's logs are kept: they tell why it ended
         shutil.rmtree(old)
+    shutil.rmtree(ranks_directory(settings), ignore_errors=True)  # of ranks that were killed
+    private_directory(ranks_directory(settings))
     ingress.install(settings, private_directory(_ingress_directory(settings)))
+
+
+def ranks_directory(settings: Settings) -> Path:
+    """Where shard groups meet: sockets and rendezvous files of this node."""
+    return temporary_directory(settings) / "ranks"
 
 
 def join(settings: Settings) -> None:

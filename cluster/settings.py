@@ -73,7 +73,7 @@ class EngineSettings(_Section):
     block_size: int = Field(default=16, ge=1, le=256)
     """Tokens in one block of the KV cache."""
     kv_cache_bytes: int = Field(default=512 << 20, ge=1 << 16)
-    """KV cache of one replica on CPU, over all its ranks (on a GPU: what the card has left)."""
+    """KV cache of one replica, over all its ranks."""
     max_sequences: int = Field(default=64, ge=1, le=4096)
     """Sequences that run in one step."""
     max_batch_tokens: int = Field(default=1024, ge=16, le=1 << 20)
@@ -88,8 +88,9 @@ class EngineSettings(_Section):
     """Compute threads of one rank; None: the machine's cores over the ranks on it."""
     cpus_per_shard: float = Field(default=0.5, ge=0)
     """Logical CPUs that one shard reserves in Ray: below one, so that serving and training fit side by side on a small machine."""
-    shared_memory: bool = True
-    """Let the ranks of one host reduce through shared memory (DeepSpeed's kernel, compiled on first use) instead of gloo."""
+    shared_memory: bool | None = None
+    """Let the ranks of one host reduce through shared memory (DeepSpeed's kernel, compiled on first use) instead of gloo. Its ranks
+    spin while they wait, so None means: only where the host has more cores than ranks."""
     prefix_cache: bool = True
     """Keep the KV blocks of finished prompts and share them with later prompts of the same tenant that start alike."""
 

@@ -89,6 +89,7 @@ class Generate:
     prompt: str | None = None
     prompt_ids: tuple[int, ...] | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    open: frozenset[str] = frozenset()  # fields of `sampling` that the caller left to the model's own defaults
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -70,9 +71,10 @@ def apply(settings: Settings, on_event: OnEvent) -> None:
 
     store = Store(settings.store_url)
     try:
-        targets = [_find(deployment, settings) for deployment in Desired(store).list()]
+        targets = [find(deployment, settings) for deployment in Desired(store).list()]
     finally:
         store.close()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its steps are ours to tell
     serve.start(http_options=ingress.http_options(settings))
     todo = plan(targets, _running())
     for name in todo.remove:
@@ -83,7 +85,7 @@ def apply(settings: Settings, on_event: OnEvent) -> None:
         _deploy_model(target, settings, on_event)
 
 
-def _find(deployment: Deployment, settings: Settings) -> Target:
+def find(deployment: Deployment, settings: Settings) -> Target:
     """Raises ModelNotServable or NotFound while nothing has been started yet."""
     directory = Path(deployment.model)
     if deployment.model.startswith("models:/"):

@@ -13,21 +13,23 @@ import logging
 import os
 import secrets
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from ray import serve
 
-from cluster import ingress
+from cluster import ingress, raynode
 from cluster import log as logs
 from cluster.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 from cluster.settings import Settings
 from cluster.types import Chunk, Delta, Deployment, Generate, Usage
 from deployments.answer import Answer
 from deployments.engine.checkpoint import inspect
+from deployments.engine.defaults import sampling_defaults
 from deployments.engine.engine import Request
-from deployments.engine.group import Rendezvous
+from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import ShardSpec, num_blocks
 from deployments.engine.tokenizer import Tokenizer
 from deployments.shards import ShardGroup
@@ -50,6 +52,7 @@ class LLM:
         engine, path = self._settings.engine, Path(directory)
         self._model = inspect(path, tp=deployment.tp, dtype=deployment.dtype, max_model_len=deployment.max_model_len)
         self._tokenizer = await asyncio.to_thread(Tokenizer.load, path)
+        self._defaults = sampling_defaults(path)
         blocks = num_blocks(self._model, engine)
         self._room = min(self._model.max_model_len, blocks * engine.block_size)
         spec = ShardSpec(
@@ -60,7 +63,7 @@ class LLM:
             settings=engine,
             rendezvous=Rendezvous("", 0, deployment.tp, engine.start_deadline_s),
         )
-        self._group = ShardGroup(spec, log_level=self._settings.log_level)
+        self._group = ShardGroup(spec, raynode.ranks_directory(settings), log_level=self._settings.log_level)
         await self._group.start()
         log.info("shard group ready", extra={"model": deployment.name, "ranks": deployment.tp, "pids": self._group.pids})
 
@@ -128,7 +131,7 @@ class LLM:
             raise InvalidRequest("The prompt is empty.", param="prompt")
         if max(prompt) >= self._model.vocab_size or min(prompt) < 0:
             raise InvalidRequest(f"A token id is outside 0..{self._model.vocab_size - 1}.", param="prompt")
-        sampling = call.sampling
+        sampling = replace(call.sampling, **{name: value for name, value in self._defaults.items() if name in call.open})
         room = self._room - len(prompt)
         if room < (1 if sampling.max_tokens is None else sampling.max_tokens):
             wanted = f" and {sampling.max_tokens} for the answer" if sampling.max_tokens else ""

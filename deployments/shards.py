@@ -18,7 +18,8 @@ from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import ModelNotServable, PlatformError, Unavailable
-from deployments.engine.group import Rendezvous
+from cluster.private_files import private_directory
+from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.remote import RemoteEngine
 from deployments.engine.shard import ShardSpec
 
@@ -59,10 +60,10 @@ class ShardActor:
 class ShardGroup:
     """The actors of one replica, and the engine that their rank 0 runs."""
 
-    def __init__(self, spec: ShardSpec, *, log_level: str) -> None:
+    def __init__(self, spec: ShardSpec, folder: Path, *, log_level: str) -> None:
         self.spec = spec
         self.size = spec.rendezvous.size
-        self._folder = Path(tempfile.mkdtemp(prefix="mmaas-"))  # mode 0700: the socket and the ranks' meeting file
+        self._folder = Path(tempfile.mkdtemp(dir=private_directory(folder)))  # the socket and the ranks' meeting file
         self.engine = RemoteEngine(self._folder / "rank0.sock")
         self._actors = [self._actor(rank, log_level) for rank in range(self.size)]
         self._watch: asyncio.Task[None] | None = None

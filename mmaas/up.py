@@ -72,6 +72,12 @@ class Platform:
         wanted = ["gateway", *(f"model-{name}" for name in names)]
         return all(found.get(name, {}).get("status") == "RUNNING" for name in wanted)
 
+    def admit(self, settings: Settings, deployment: Deployment) -> None:
+        """Raises ModelNotServable or NotFound for what can't be served as asked, before it becomes desired."""
+        from deployments import fleet
+
+        fleet.find(deployment, settings)
+
     def apply(self, settings: Settings, on_event: Callable[[str], None]) -> None:
         from cluster import raynode
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from torch import nn
 
 from cluster.errors import ModelNotServable, ReplicaLost
 from deployments.engine.batch import Ints
+from deployments.engine.rendezvous import Rendezvous
 
 log = logging.getLogger(__name__)
 
@@ -28,43 +27,14 @@ HEAD = 4096
 PING, STOP = 0, -1
 
 
-@dataclass(frozen=True, slots=True)
-class Rendezvous:
-    """Where and as whom a rank joins. `address` is `file:///…` (one node) or `tcp://HOST:PORT`."""
-
-    address: str
-    rank: int
-    size: int
-    timeout_s: float
-
-    @property
-    def one_node(self) -> bool:
-        return self.address.startswith("file:")
-
-
 class Group:
     """A joined group of two or more ranks; rank 0 leads. A process joins once; a second model shares the group."""
 
     def __init__(self, rendezvous: Rendezvous, *, shared_memory: bool) -> None:
         self.rank, self.size = rendezvous.rank, rendezvous.size
         self._buffer = torch.zeros(HEAD, dtype=torch.int32)
-        _set_environment(rendezvous)
-        import deepspeed
-        import deepspeed.comm
-
-        if not (shared_memory and rendezvous.one_node and _has_compiler()):
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():
-            dist.init_process_group(
-                "gloo",
-                init_method=rendezvous.address,
-                rank=self.rank,
-                world_size=self.size,
-                timeout=timedelta(seconds=rendezvous.timeout_s),
-            )
-            deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-            dist.barrier()
-            _unlink_shared_memory(rendezvous)
+            _join(rendezvous, shared_memory=shared_memory and rendezvous.one_node)
 
     def shard(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """Cut a whole model to this rank's part (DeepSpeed AutoTP, Megatron-style tensor parallelism).
@@ -131,6 +101,44 @@ class Group:
         return int(present)
 
 
+def _join(rendezvous: Rendezvous, *, shared_memory: bool) -> None:
+    _set_environment(rendezvous)
+    import deepspeed.comm
+
+    dist.init_process_group(
+        "gloo",
+        init_method=rendezvous.address,
+        rank=rendezvous.rank,
+        world_size=rendezvous.size,
+        timeout=timedelta(seconds=rendezvous.timeout_s),
+    )
+    if not _all_agree(shared_memory and _can_reduce_in_shared_memory()):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    dist.barrier()
+    _unlink_shared_memory(rendezvous)
+
+
+def _can_reduce_in_shared_memory() -> bool:
+    """Build DeepSpeed's kernel, or load the one built before. It needs g++, ninja and Python's headers."""
+    from deepspeed.accelerator import get_accelerator
+
+    try:
+        get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+    except (RuntimeError, ImportError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        log.warning("ranks reduce over gloo: DeepSpeed's shared-memory kernel can't be built", extra={"reason": reason})
+        return False
+    return True
+
+
+def _all_agree(mine: bool) -> bool:
+    """Whether every rank says yes: one that reduces another way would hang the rest."""
+    votes = torch.tensor([int(mine)])
+    dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+    return bool(votes)
+
+
 def _set_environment(rendezvous: Rendezvous) -> None:
     """What DeepSpeed reads. MASTER_ADDR also names its shared memory, so it must be unique to the group."""
     name = rendezvous.address.rpartition("/")[2]
@@ -145,13 +153,6 @@ def _set_environment(rendezvous: Rendezvous) -> None:
     }
     if rendezvous.one_node:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-
-
-def _has_compiler() -> bool:
-    found = all(shutil.which(program) for program in ("g++", "ninja"))
-    if not found:
-        log.warning("no g++ and ninja: ranks reduce over gloo, not shared memory; install both or set engine.shared_memory=false")
-    return found
 
 
 def _unlink_shared_memory(rendezvous: Rendezvous) -> None:

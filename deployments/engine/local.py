@@ -16,7 +16,7 @@ from cluster.settings import EngineSettings
 from cluster.types import FinishReason, Sampling
 from deployments.engine.checkpoint import inspect
 from deployments.engine.engine import Engine, Output, Request
-from deployments.engine.group import Rendezvous
+from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import Shard, ShardSpec, num_blocks
 
 

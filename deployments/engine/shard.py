@@ -14,9 +14,10 @@ from cluster.errors import ModelNotServable
 from cluster.settings import EngineSettings
 from deployments.engine.batch import Batch
 from deployments.engine.checkpoint import ModelInfo
-from deployments.engine.group import Group, Rendezvous
+from deployments.engine.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
+    from deployments.engine.group import Group
     from torch import Tensor
 
 
@@ -48,6 +49,12 @@ def num_blocks(model: ModelInfo, settings: EngineSettings) -> int:
     return min(blocks, longest * settings.max_sequences)  # more could never be used at once
 
 
+def uses_shared_memory(spec: ShardSpec) -> bool:
+    """A rank that spins needs a core of its own, and one more for everybody else."""
+    asked = spec.settings.shared_memory
+    return asked if asked is not None else (os.cpu_count() or 1) > spec.rendezvous.size
+
+
 class Shard:
     """A loaded rank."""
 
@@ -56,6 +63,7 @@ class Shard:
         import torch
 
         from deployments.engine.attention import KvCache
+        from deployments.engine.group import Group
         from deployments.engine.runner import DTYPES, Runner, load_model
 
         torch.set_num_threads(spec.threads)
@@ -63,7 +71,7 @@ class Shard:
         self.group: Group | None = None
         model = load_model(spec.directory, spec.model.dtype)
         if spec.rendezvous.size > 1:
-            self.group = Group(spec.rendezvous, shared_memory=spec.settings.shared_memory)
+            self.group = Group(spec.rendezvous, shared_memory=uses_shared_memory(spec))
             model = self.group.shard(model, DTYPES[spec.model.dtype])
         self.runner = Runner(model, KvCache(spec.num_blocks, spec.settings.block_size))
         self.runner.check()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cluster import metrics
 from cluster.errors import InvalidRequest, Overloaded, PayloadTooLarge
 from deployments.gateway import exchange, limits
 from deployments.gateway.keys import Keys, bearer
@@ -44,10 +45,12 @@ class Gate:
         if self.inside >= self.limit:
             raise Overloaded(f"The gateway works on {self.inside} requests already, its limit.", retry_after_s=1.0)
         self.inside += 1
+        metrics.GATEWAY_INSIDE.set(self.inside)
         try:
             yield
         finally:
             self.inside -= 1
+            metrics.GATEWAY_INSIDE.set(self.inside)
 
 
 class DropControlHeaders(Stage):

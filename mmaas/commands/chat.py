@@ -21,7 +21,7 @@ def chat(
     model: Annotated[str | None, typer.Option(help="Served model; the one of quickstart.json by default.")] = None,
     base_url: Annotated[str | None, typer.Option(help="Address that ends in /v1.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key; quickstart.json's by default.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; as long as the model can by default.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0)] = 0.0,
 ) -> None:
     """Talk to a served model. An empty line or Ctrl-D leaves."""
@@ -32,7 +32,8 @@ def chat(
 
     found = Quickstart.load(settings.load())
     headers = {"Authorization": f"Bearer {api_key or found.api_key}"}
-    options = {"model": model or found.model, "max_tokens": max_tokens, "temperature": temperature, "stream": True}
+    options = {"model": model or found.model, "temperature": temperature, "stream": True}
+    options |= {"max_tokens": max_tokens} if max_tokens else {}
     turns: list[dict[str, str]] = []
     # trust_env=False: the address is ours, and a proxy of the environment must not see the key
     with httpx.Client(base_url=base_url or found.base_url, headers=headers, timeout=600, trust_env=False) as client:

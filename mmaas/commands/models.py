@@ -25,12 +25,14 @@ def deploy(
     from cluster import settings
     from cluster.desired import Desired
     from cluster.types import Deployment
-    from mmaas.up import opened_store, reconcile
+    from mmaas.up import Platform, opened_store, reconcile
 
     loaded = settings.load()
     least, most = parse_replicas(replicas)
+    wanted = Deployment(name, located(model), tp, dtype, least, most, max_model_len)
+    Platform().admit(loaded, wanted)
     with opened_store(loaded) as store:
-        Desired(store).put(Deployment(name, located(model), tp, dtype, least, most, max_model_len))
+        Desired(store).put(wanted)
     reconcile(loaded)
 
 

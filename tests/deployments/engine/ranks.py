@@ -11,7 +11,7 @@ from pathlib import Path
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.checkpoint import inspect
-from deployments.engine.group import Rendezvous
+from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.local import LocalEngine, follow
 from deployments.engine.shard import ShardSpec
 
