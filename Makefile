@@ -9,11 +9,11 @@ RUN := $(VENV)/.run-stamp
 DEV := $(VENV)/.dev-stamp
 LOCK := pyproject.toml constraints.txt
 
-.PHONY: install up down status test check lint fmt clean help
+.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 install: $(RUN)  ## what running needs, nothing is started
 
@@ -40,6 +40,18 @@ lint: $(DEV)  ## style of the code, nothing is changed
 fmt: $(DEV)  ## put the code into our style
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+
+bench-engine: $(DEV)  ## output tokens per second beside the peers that are installed
+	$(BIN)/python -m bench.engine
+
+bench-peers:  ## install vLLM and OpenVINO GenAI, each into a virtual environment of its own
+	bench/peers/install.sh
+
+bench-step: $(DEV)  ## what a step of the engine costs outside the model
+	$(BIN)/python -m bench.step
+
+bench-first-token: $(DEV)  ## what HTTP adds to the time to the first token
+	$(BIN)/python -m bench.first_token
 
 clean:  ## remove caches and the virtual environment; data in .mmaas stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
