@@ -48,7 +48,7 @@ def run(settings: Settings, console: Console | None = None, recipe: Recipe | Non
 
     Raises Unavailable without a Ray cluster, PlacementError when it has no room, PlatformError when training failed for good.
     """
-    recipe = recipe or Recipe()
+    recipe = recipe or Recipe.demonstration(settings.training.workers)
     shown = display(console)
     with _connected(settings):
         try:

@@ -133,4 +133,5 @@ def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
 def _news(report: Report, losses: Sequence[float]) -> str:
     left = round(remaining_s(report))
     done = f"{report.step}/{report.steps}"
-    return f"{done} {sparkline(losses)} loss {report.loss:.2f} · {report.tokens_per_s:,.0f} tokens/s · {left // 60}:{left % 60:02d} left"
+    speed = f"{report.tokens_per_s:,.0f} tokens/s"
+    return f"{done} {sparkline(losses)} loss {report.loss:.2f} · {speed} · {left // 60}:{left % 60:02d} left"

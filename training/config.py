@@ -14,9 +14,9 @@ from typing import Any, Literal
 class ModelConfig:
     """Shape of a Llama-architecture model. Heads and key/value heads divide by four, so that up to four shards can serve it."""
 
-    hidden_size: int = 384
-    intermediate_size: int = 1024
-    num_layers: int = 4
+    hidden_size: int = 512
+    intermediate_size: int = 1536
+    num_layers: int = 2
     num_heads: int = 8
     num_kv_heads: int = 4
     max_position_embeddings: int = 512
@@ -31,17 +31,17 @@ class ModelConfig:
 
     @classmethod
     def of_depth(cls, depth: int) -> ModelConfig:
-        """The dial: a model of `depth` layers with the demonstration's proportions (depth 4)."""
-        return cls(hidden_size=96 * depth, intermediate_size=256 * depth, num_layers=depth)
+        """The dial: a model of `depth` layers with the demonstration's proportions (depth 2; parameters grow with its cube)."""
+        return cls(hidden_size=256 * depth, intermediate_size=768 * depth, num_layers=depth)
 
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
     """How often a fact is asked and how dialogues are packed."""
 
-    core_repeats: int = 24
+    core_repeats: int = 32
     """Dialogues about each built-in type, method and function."""
-    other_repeats: int = 7
+    other_repeats: int = 14
     """Dialogues about every other name."""
     max_facts: int | None = None
     """Use only the first facts; None: all of them."""
@@ -58,12 +58,13 @@ class OptimisationConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    global_rows: int = 8
-    """Rows of one optimiser step over all workers; must divide by the number of workers."""
+    global_rows: int = 2
+    """Rows of one optimiser step over all workers; must divide by their number. Few: what is learnt here follows the number of
+    steps more than that of tokens."""
     zero_stage: Literal[1, 2] = 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matrix products; `auto`: bfloat16 where the processor multiplies it in hardware. Weights are always float32."""
-    checkpoint_every: int = 40
+    checkpoint_every: int = 128
     """Optimiser steps between two checkpoints."""
 
 
@@ -75,6 +76,11 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optimisation: OptimisationConfig = field(default_factory=OptimisationConfig)
     seed: int = 0
+
+    @classmethod
+    def demonstration(cls, workers: int) -> Recipe:
+        """The demonstration for a number of workers: every one needs a row of each step."""
+        return cls(optimisation=OptimisationConfig(global_rows=max(2, workers)))
 
     def flat(self) -> dict[str, Any]:
         """`{"model.hidden_size": 384, …}`: the form that MLflow logs."""

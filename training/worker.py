@@ -32,7 +32,7 @@ class Job:
     recipe: Recipe
     uri: str
     """The run's storage."""
-    report_every: int = 10
+    report_every: int = 20
     """Optimiser steps between two reports. Ray takes one report in two seconds; more would hold the loop up."""
 
 
