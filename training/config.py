@@ -39,9 +39,9 @@ class ModelConfig:
 class DataConfig:
     """How often a fact is asked and how dialogues are packed."""
 
-    core_repeats: int = 40
+    core_repeats: int = 36
     """Dialogues about each built-in type, method and function."""
-    other_repeats: int = 18
+    other_repeats: int = 16
     """Dialogues about every other name."""
     max_facts: int | None = None
     """Use only the first facts; None: all of them."""
