@@ -59,7 +59,7 @@ def run(settings: Settings, console: Console | None = None, recipe: Recipe | Non
 
 def _run(settings: Settings, recipe: Recipe, shown: Display) -> ModelVersion:
     library = Storage(settings.home / "library")
-    shown.stage("Reading Python's documentation")
+    shown.stage("Reading the documentation")
     facts = corpus.facts()[: recipe.data.max_facts]
     dataset_sha256 = _publish_facts(facts, library)
     prepared = Prepared.of(facts, recipe)
@@ -70,7 +70,7 @@ def _run(settings: Settings, recipe: Recipe, shown: Display) -> ModelVersion:
             shown.tell(happening)
             _log(tracking, run_id, happening)
 
-        shown.stage(f"Learning {len(facts):,} facts with {settings.training.workers} workers")
+        shown.stage(f"Learning {len(facts):,} facts")
         directory = fit(run, recipe, prepared, settings.training, tell)
         shown.stage("Asking it questions")
         student = Student(directory)

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 24
+_WIDE = 120  # columns from which everything fits on one line
 
 
 class Display(Protocol):
@@ -50,7 +51,7 @@ class TerminalDisplay:
         self._progress = Progress(
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
+            BarColumn(bar_width=24 if console.width >= _WIDE else 8),
             TextColumn("[cyan]{task.fields[news]}"),
             TimeElapsedColumn(),
             console=console,
@@ -73,7 +74,9 @@ class TerminalDisplay:
             return
         self._note.plain = ""
         self._losses.append(happening.loss)
-        self._progress.update(self._task, total=happening.steps, completed=happening.step, news=_news(happening, self._losses))
+        self._progress.update(
+            self._task, total=happening.steps, completed=happening.step, news=_news(happening, self._losses, self._console.width)
+        )
 
     def finish(self, summary: str, question: str, answer: str) -> None:
         self.stage("")
@@ -130,8 +133,10 @@ def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
     return "".join(_BLOCKS[round((mean - low) / span * (len(_BLOCKS) - 1)) if span else 0] for mean in means)
 
 
-def _news(report: Report, losses: Sequence[float]) -> str:
+def _news(report: Report, losses: Sequence[float], width: int) -> str:
     left = round(remaining_s(report))
     done = f"{report.step}/{report.steps}"
-    speed = f"{report.tokens_per_s:,.0f} tokens/s"
-    return f"{done} {sparkline(losses)} loss {report.loss:.2f} · {speed} · {left // 60}:{left % 60:02d} left"
+    time_left = f"{left // 60}:{left % 60:02d} left"
+    if width < _WIDE:
+        return f"{done} {sparkline(losses, 8)} {report.loss:.2f} · {time_left}"
+    return f"{done} {sparkline(losses)} loss {report.loss:.2f} · {report.tokens_per_s:,.0f} tokens/s · {time_left}"

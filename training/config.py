@@ -39,9 +39,9 @@ class ModelConfig:
 class DataConfig:
     """How often a fact is asked and how dialogues are packed."""
 
-    core_repeats: int = 32
+    core_repeats: int = 36
     """Dialogues about each built-in type, method and function."""
-    other_repeats: int = 14
+    other_repeats: int = 16
     """Dialogues about every other name."""
     max_facts: int | None = None
     """Use only the first facts; None: all of them."""
@@ -58,13 +58,13 @@ class OptimisationConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    global_rows: int = 2
-    """Rows of one optimiser step over all workers; must divide by their number. Few: what is learnt here follows the number of
-    steps more than that of tokens."""
+    global_rows: int = 4
+    """Rows of one optimiser step over all workers; must divide by their number. Few, for what is learnt in a short run follows
+    the number of steps more than that of tokens."""
     zero_stage: Literal[1, 2] = 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matrix products; `auto`: bfloat16 where the processor multiplies it in hardware. Weights are always float32."""
-    checkpoint_every: int = 128
+    checkpoint_every: int = 100
     """Optimiser steps between two checkpoints."""
 
 
@@ -79,8 +79,8 @@ class Recipe:
 
     @classmethod
     def demonstration(cls, workers: int) -> Recipe:
-        """The demonstration for a number of workers: every one needs a row of each step."""
-        return cls(optimisation=OptimisationConfig(global_rows=max(2, workers)))
+        """The demonstration for a number of workers: each gets as many rows of a step, at least one."""
+        return cls(optimisation=OptimisationConfig(global_rows=workers * max(1, 4 // workers)))
 
     def flat(self) -> dict[str, Any]:
         """`{"model.hidden_size": 384, …}`: the form that MLflow logs."""

@@ -45,7 +45,9 @@ class Student:
 
     def __init__(self, directory: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # two bars on one terminal would draw over each other
         self.model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(directory).eval()
         self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(directory)
 

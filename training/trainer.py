@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 import threading
 import uuid
@@ -105,10 +106,11 @@ def _fit(run: Run, job: Job, settings: TrainingSettings) -> None:
             worker_runtime_env={"env_vars": {**_WORKER_ENVIRONMENT, "DS_ACCELERATOR": "cuda" if use_gpu else "cpu"}},
         ),
     )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        raise PlatformError(f"run {run.id} failed: {error}") from error
+    with _own_interrupts():
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise PlatformError(f"run {run.id} failed: {error}") from error
 
 
 def _train(config: dict[str, Any]) -> None:
@@ -144,6 +146,19 @@ def _gpus() -> int:
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+@contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Ray takes Ctrl-C over to abort the run and doesn't give it back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -64,6 +64,7 @@ class Registry:
             source=_SCHEME + manifest.address,
             run_id=run_id,
             tags={**(tags or {}), "sha256": manifest.address, "size_bytes": str(manifest.size_bytes)},
+            await_creation_for=0,  # a version of files that are already there is ready at once
         )
         if alias:
             self.set_alias(name, alias, int(created.version))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,6 +43,8 @@ class Tracking:
     def _client(self) -> MlflowClient:
         from mlflow import MlflowClient
 
+        # NOTE: over HTTP the client prints two lines with links whenever a run ends, into whatever the terminal shows.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         return MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
 
     def _experiment_id(self, name: str) -> str:

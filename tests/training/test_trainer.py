@@ -75,6 +75,12 @@ def undisturbed(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Outc
     return train(tmp_path_factory.mktemp("runs"))
 
 
+def test_without_a_cluster_training_says_so(tmp_path: Path) -> None:
+    prepared = Prepared.of(facts()[:3], RECIPE)
+    with pytest.raises(Unavailable, match="Ray cluster"):
+        fit(Run.new(tmp_path, "test"), RECIPE, prepared, SETTINGS, lambda _: None)
+
+
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
@@ -117,13 +123,3 @@ def test_what_can_not_work_is_said_before_any_worker_starts(cluster: None, tmp_p
         fit(run, recipe, prepared, TrainingSettings(workers=2, cpus_per_worker=16), lambda _: None)
     with pytest.raises(InvalidRequest, match="2 rows a step don't divide among 3 workers"):
         fit(run, recipe, prepared, TrainingSettings(workers=3), lambda _: None)
-
-
-def test_without_a_cluster_training_says_so(tmp_path: Path) -> None:
-    import ray
-
-    if ray.is_initialized():
-        pytest.skip("a test of this module has started one")
-    prepared = Prepared.of(facts()[:3], RECIPE)
-    with pytest.raises(Unavailable, match="Ray cluster"):
-        fit(Run.new(tmp_path, "test"), RECIPE, prepared, SETTINGS, lambda _: None)
