@@ -85,7 +85,9 @@ def check_packages(version_of: Callable[[str], str | None]) -> list[Check]:
 def check_compiler(which: Callable[[str], str | None]) -> Check:
     missing = [" or ".join(names) for names in (("g++", "c++"), ("ninja",)) if not any(which(name) for name in names)]
     if missing:
-        advice = "apt install g++ python3-dev ninja-build: DeepSpeed builds its shared-memory all-reduce; without it shards use gloo"
+        advice = (
+            "apt install g++ python3-dev ninja-build: DeepSpeed builds its shared-memory all-reduce; without it shards use gloo"
+        )
         return Check("compiler", "warn", f"no {' and no '.join(missing)}", advice)
     return Check("compiler", "ok", f"{which('g++') or which('c++')}, {which('ninja')}")
 

@@ -19,8 +19,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import ModelNotServable, PlatformError, Unavailable
 from cluster.private_files import private_directory
-from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.remote import RemoteEngine
+from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import ShardSpec
 
 

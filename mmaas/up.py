@@ -73,8 +73,13 @@ class Platform:
         return all(found.get(name, {}).get("status") == "RUNNING" for name in wanted)
 
     def admit(self, settings: Settings, deployment: Deployment) -> None:
-        """Raises ModelNotServable or NotFound for what can't be served as asked, before it becomes desired."""
+        """Raises ModelNotServable or NotFound for what can't be served as asked, before it becomes desired; Unavailable when the
+        library, which knows the model, is not up."""
+        from cluster import launch
         from deployments import fleet
+
+        if deployment.model.startswith("models:/") and not launch.is_running(settings):
+            raise Unavailable("the library is not up; run: mmaas up")
 
         fleet.find(deployment, settings)
 

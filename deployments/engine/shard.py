@@ -17,8 +17,9 @@ from deployments.engine.checkpoint import ModelInfo
 from deployments.engine.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
-    from deployments.engine.group import Group
     from torch import Tensor
+
+    from deployments.engine.group import Group
 
 
 @dataclass(frozen=True, slots=True)

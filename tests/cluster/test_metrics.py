@@ -36,4 +36,4 @@ def test_engines_are_shown_by_model() -> None:
     text = metrics.exposition({"chat": counters, "other": counters})[0].decode()
     assert 'mmaas_engine_running{model="chat"} 2.0' in text
     assert 'mmaas_engine_steps_total{model="other"} 2.0' in text
-    assert all(f'{name}' in text for _, name, _ in metrics.ENGINE.values())
+    assert all(f"{name}" in text for _, name, _ in metrics.ENGINE.values())

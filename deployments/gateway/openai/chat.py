@@ -39,6 +39,7 @@ class ChatCall:
             tenant=tenant,
             messages=tuple(Message(_role(m.role), m.text, m.name) for m in request.messages),
             sampling=request.sampling(max_tokens=max_tokens, logprobs=logprobs),
+            open=request.left_open,
         )
 
     def whole(self, collected: Collected) -> ChatCompletion:

@@ -41,8 +41,8 @@ class CompletionCall:
     def _generate(self, prompt: str | list[int], k: int, sampling: Sampling, request_id: str, tenant: str) -> Generate:
         own_id = request_id if len(self._prompts) == 1 else f"{request_id}-{k}"  # an engine knows its calls by this
         if isinstance(prompt, str):
-            return Generate(own_id, tenant, prompt=prompt, sampling=sampling)
-        return Generate(own_id, tenant, prompt_ids=tuple(prompt), sampling=sampling)
+            return Generate(own_id, tenant, prompt=prompt, sampling=sampling, open=self.request.left_open)
+        return Generate(own_id, tenant, prompt_ids=tuple(prompt), sampling=sampling, open=self.request.left_open)
 
     def whole(self, collected: Collected) -> Completion:
         spent = collected.usage()

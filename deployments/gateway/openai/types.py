@@ -19,6 +19,7 @@ from deployments.gateway import errors
 MAX_N = 16
 MAX_PROMPTS = 128
 MAX_TOKENS = 1 << 24
+MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -74,6 +75,11 @@ class Sampled(_Bounded):
         if texts is not None and not (len(texts) <= 4 and all(0 < len(text) <= 1024 for text in texts)):
             raise PydanticCustomError("invalid_value", "At most 4 stop strings of 1 to 1024 characters are accepted")
         return texts
+
+    @property
+    def left_open(self) -> frozenset[str]:
+        """What the caller leaves to the model's own defaults."""
+        return frozenset(name for name in MODEL_DEFAULTS if getattr(self, name) is None)
 
     @property
     def choices(self) -> int:

@@ -11,8 +11,8 @@ from pathlib import Path
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.checkpoint import inspect
-from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.local import LocalEngine, follow
+from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import ShardSpec
 
 
