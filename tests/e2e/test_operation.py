@@ -81,7 +81,8 @@ def test_model_that_cannot_be_sharded_so_is_refused_before_anything_starts(platf
     assert result.returncode == 1
     assert "heads" in result.stdout + result.stderr
     assert {process.pid for process in platform.shards()} == before
-    platform.mmaas("undeploy", "other")
+    names = [row["deployment"]["name"] for row in json.loads(platform.mmaas("status", "--json").stdout)["models"]]
+    assert names == [MODEL], "a refused wish is not kept"
 
 
 def test_new_version_takes_over_without_cutting_a_stream(platform: RunningPlatform) -> None:
