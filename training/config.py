@@ -64,7 +64,7 @@ class OptimisationConfig:
     zero_stage: Literal[1, 2] = 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matrix products; `auto`: bfloat16 where the processor multiplies it in hardware. Weights are always float32."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = 150
     """Optimiser steps between two checkpoints."""
 
 
