@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from cluster import log
 from cluster.errors import Unavailable
 from cluster.library.lineage import code_version, lineage
 from cluster.library.registry import ModelVersion, Registry
@@ -158,7 +159,7 @@ def main() -> None:
     from rich.console import Console
 
     settings = load()
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log.configure(settings.log_level)
     run(settings, Console())
 
 
