@@ -68,5 +68,6 @@ class _Engines(Collector):
         for field, (kind, name, text) in ENGINE.items():
             family = kind(name, text, labels=("model",))
             for model, stats in self._engines.items():
-                family.add_metric([model], stats[field])
+                if field in stats:  # a replica of an older version may not count it yet
+                    family.add_metric([model], stats[field])
             yield family
