@@ -36,4 +36,10 @@ def test_engines_are_shown_by_model() -> None:
     text = metrics.exposition({"chat": counters, "other": counters})[0].decode()
     assert 'mmaas_engine_running{model="chat"} 2.0' in text
     assert 'mmaas_engine_steps_total{model="other"} 2.0' in text
-    assert all(f"{name}" in text for _, name, _ in metrics.ENGINE.values())
+    assert all(name in text for _, name, _ in metrics.ENGINE.values())
+
+
+def test_engine_that_does_not_count_something_is_shown_without_it() -> None:
+    text = metrics.exposition({"old": {"running": 1.0}})[0].decode()
+    assert 'mmaas_engine_running{model="old"} 1.0' in text
+    assert "mmaas_engine_steps_total{" not in text
