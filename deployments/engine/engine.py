@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -51,7 +51,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     cached: int = 0
 
 
-class Stats(msgspec.Struct, frozen=True):
+class Stats(msgspec.Struct):
     """Counters since the start and gauges of now. Times in seconds."""
 
     steps: int = 0
@@ -70,24 +70,13 @@ class Stats(msgspec.Struct, frozen=True):
 
 
 @dataclass(slots=True)
-class _Counts:
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    aborted: int = 0
-    busy_s: float = 0.0
-    model_s: float = 0.0
-
-
-@dataclass(slots=True)
 class Engine:
     """Owns the scheduler and every request in it."""
 
     execute: Execute
     scheduler: Scheduler
     _requests: dict[int, list[Sequence]] = field(default_factory=dict)  # the unfinished choices of each request
-    _counts: _Counts = field(default_factory=_Counts)
+    _counts: Stats = field(default_factory=Stats)  # gauges stay zero here: `stats` reads them where they live
 
     @classmethod
     def of(cls, execute: Execute, num_blocks: int, settings: EngineSettings) -> Engine:
@@ -148,14 +137,14 @@ class Engine:
 
     def stats(self) -> Stats:
         scheduler, pool = self.scheduler, self.scheduler.pool
-        return Stats(
+        return msgspec.structs.replace(
+            self._counts,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             preemptions=scheduler.num_preemptions,
             blocks_total=pool.num_blocks,
             blocks_used=pool.num_used,
             blocks_cached=pool.num_cached,
-            **asdict(self._counts),
         )
 
     def _deliver(self, sequences: list[Sequence], logits: Tensor) -> list[Output]:

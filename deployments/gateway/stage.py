@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
-class Stage:
+class Stage(ABC):
     """A middleware for HTTP; lifespan events pass by."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -14,5 +16,6 @@ class Stage:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await (self.handle if scope["type"] == "http" else self.app)(scope, receive, send)
 
+    @abstractmethod
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raise NotImplementedError
+        """Do this stage's part and pass on to `self.app`."""
