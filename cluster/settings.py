@@ -91,8 +91,18 @@ class EngineSettings(_Section):
     shared_memory: bool | None = None
     """Let the ranks of one host reduce through shared memory (DeepSpeed's kernel, compiled on first use) instead of gloo. Its ranks
     spin while they wait, so None means: only where the host has more cores than ranks."""
+    native: bool | None = None
+    """Run the model through our compiled decoder. None: where the model, the machine and a proof at load allow it, else through
+    torch; true: refuse a model that it can't run; false: never."""
+    cache: Path = Field(default=Path("~/.cache/mmaas"), validate_default=True)
+    """Where a node keeps what can be made again: compiled kernels and weights that are cut already. Mode 0700."""
     prefix_cache: bool = True
     """Keep the KV blocks of finished prompts and share them with later prompts of the same tenant that start alike."""
+
+    @pydantic.field_validator("cache")
+    @classmethod
+    def _expanded(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
 
 
 class TrainingSettings(_Section):

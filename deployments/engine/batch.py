@@ -46,6 +46,11 @@ class Batch:
             tables,
         )
 
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """Of the T tokens, those whose logits are wanted."""
+        return (np.cumsum(self.counts, dtype=np.int64) - 1)[self.sampled]
+
     def pack(self) -> Ints:
         """One array: the four lengths, then the arrays one after the other."""
         lengths = np.array([len(self.tokens), len(self.starts), len(self.sampled), self.tables.shape[1]], np.int32)

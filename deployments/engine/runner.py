@@ -55,12 +55,11 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """`R x V` logits, one row for each of `batch.sampled`."""
-        last = np.cumsum(batch.counts) - 1
         output = self.model(
             input_ids=torch.from_numpy(batch.tokens.astype(np.int64))[None],
             position_ids=torch.from_numpy(batch_positions(batch))[None],
             use_cache=False,
-            logits_to_keep=torch.from_numpy(last[batch.sampled]),
+            logits_to_keep=torch.from_numpy(batch.rows),
             paged=Paged.of(batch, self.cache),
         )
         return output.logits[0]  # type: ignore[no-any-return]
