@@ -23,7 +23,7 @@ class Report:
     tokens: list[list[int]]
     logprobs: list[list[float]]
     preemptions: int
-    parameters: int  # on the leader
+    weight_bytes: int  # on the leader
 
 
 def run_on_two_ranks(
@@ -68,7 +68,7 @@ def _lead(specs: dict[str, ShardSpec], prompts: list[list[int]], reports: Queue[
             [answer.token_ids for answer in answers],
             [answer.logprobs for answer in answers],
             engine.engine.stats().preemptions,
-            sum(parameter.numel() for parameter in engine.shard.runner.model.parameters()),
+            engine.shard.runner.weight_bytes,
         )
         engine.close()
     reports.put(result)
