@@ -64,13 +64,15 @@ void score(const typename E::Value* queries, int64_t query_stride, const typenam
            int64_t first, int64_t last, float* scores, int64_t scores_stride) {
     const int64_t steps = pages.head_size / E::PER_LANE, group = LANES * pages.head_size;
     auto panel = [&](int64_t position) {
+        position = std::min(position, last - LANES);
         return keys + pages.at(position / pages.block_size, head) + position % pages.block_size / LANES * group;
     };
     for (int64_t position = first; position < last; position += PANEL) {
         const bool both = position + LANES < last;
-        const auto *low = panel(position), *high = both ? panel(position + LANES) : low;
+        const int64_t next = position + PANEL;
         Sums<ROWS> sums = {};
-        dot<E, ROWS>(sums, queries, query_stride, low, high, LANES * E::PER_LANE, steps);
+        dot<E, ROWS>(sums, queries, query_stride, {panel(position), panel(position + LANES), panel(next), panel(next + LANES)},
+                     LANES * E::PER_LANE, steps);
         for (int row = 0; row < ROWS; ++row) {
             float* to = scores + row * scores_stride + position - first;
             store(to, sums[row][0]);
@@ -119,7 +121,9 @@ void mix(const typename E::Value* weights, int64_t weights_stride, const typenam
         for (int64_t position = first; position < last;) {
             const int64_t offset = position % pages.block_size, count = std::min(pages.block_size - offset, last - position);
             const auto* low = values + pages.at(position / pages.block_size, head) + offset * pages.head_size + column * per;
-            dot<E, ROWS>(sums, weights + position - first, weights_stride, low, low + LANES * per, pages.head_size * per, count / per);
+            const auto* later = values + pages.at(std::min(position + count, last - 1) / pages.block_size, head) + column * per;
+            dot<E, ROWS>(sums, weights + position - first, weights_stride, {low, low + LANES * per, later, later + LANES * per},
+                         pages.head_size * per, count / per);
             position += count;
         }
 #pragma GCC unroll 12

@@ -26,14 +26,21 @@ struct Matrix {
 template <int ROWS>
 using Sums = Floats[ROWS][2];
 
-// sums[r][v] += x[r] . weights, over `steps` lanes of k. The two vectors of weights need not be neighbours.
+// Two vectors of weights side by side along k, and those that will be read later, which are asked from memory meanwhile.
+template <class E>
+struct Pair {
+    const typename E::Value *low, *high, *low_later, *high_later;
+};
+
+// sums[r][v] += x[r] . weights, over `steps` lanes of k.
 template <class E, int ROWS>
-MMAAS_INLINE void dot(Sums<ROWS>& sums, const typename E::Value* x, int64_t x_stride, const typename E::Value* low,
-                      const typename E::Value* high, int64_t weights_step, int64_t steps) {
+MMAAS_INLINE void dot(Sums<ROWS>& sums, const typename E::Value* x, int64_t x_stride, Pair<E> weights, int64_t weights_step,
+                      int64_t steps) {
     for (int64_t step = 0; step < steps; ++step) {
-        const auto first = E::weights(low), second = E::weights(high);
-        __builtin_prefetch(low + PREFETCH_STEPS * weights_step);
-        __builtin_prefetch(high + PREFETCH_STEPS * weights_step);
+        const int64_t at = step * weights_step;
+        const auto first = E::weights(weights.low + at), second = E::weights(weights.high + at);
+        __builtin_prefetch(weights.low_later + at);
+        __builtin_prefetch(weights.high_later + at);
 #pragma GCC unroll 12
         for (int row = 0; row < ROWS; ++row) {
             const auto* number = x + row * x_stride;
@@ -41,8 +48,6 @@ MMAAS_INLINE void dot(Sums<ROWS>& sums, const typename E::Value* x, int64_t x_st
             sums[row][1] = E::multiply_add(sums[row][1], number, second);
         }
         x += E::PER_LANE;
-        low += weights_step;
-        high += weights_step;
     }
 }
 
@@ -62,8 +67,8 @@ template <class E, int ROWS>
 __attribute__((noinline)) void panel_tile(const typename E::Value* x, int64_t x_stride, const typename E::Value* panel, int64_t steps,
                                           float (*out)[PANEL]) {
     Sums<ROWS> sums = {};
-    constexpr int64_t step = PANEL * E::PER_LANE;
-    dot<E, ROWS>(sums, x, x_stride, panel, panel + LANES * E::PER_LANE, step, steps);
+    constexpr int64_t step = PANEL * E::PER_LANE, half = LANES * E::PER_LANE, later = PREFETCH_STEPS * step;
+    dot<E, ROWS>(sums, x, x_stride, {panel, panel + half, panel + later, panel + later + half}, step, steps);
 #pragma GCC unroll 12
     for (int row = 0; row < ROWS; ++row) {
         store(out[row], sums[row][0]);

@@ -54,8 +54,8 @@ def pack(weight: Tensor, arena: Arena) -> Tensor:
     outputs, inputs = weight.shape
     panels, full = -(-outputs // PANEL), outputs // PANEL
     lanes = weight.contiguous().view(torch.int32).view(outputs, -1)
-    packed = arena.take(panels * PANEL * inputs * weight.element_size()).view(torch.int32).view(panels, -1, PANEL)
-    packed[:full] = lanes[: full * PANEL].view(full, PANEL, -1).transpose(1, 2)
+    packed = arena.take(panels * PANEL * inputs * weight.element_size()).view(torch.int32).view(panels, lanes.shape[1], PANEL)
+    packed[:full] = lanes[: full * PANEL].view(full, PANEL, lanes.shape[1]).transpose(1, 2)
     if full < panels:
         packed[full] = 0
         packed[full, :, : outputs - full * PANEL] = lanes[full * PANEL :].T
