@@ -18,7 +18,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from statistics import median
 
-from deployments.engine.draft import Drafter, Experience
+from deployments.engine.draft import SURE, Drafter, Experience
 from deployments.engine.scheduler import Slice
 
 ENOUGH = 3
@@ -74,11 +74,11 @@ class Speculation:
     def drafts(self, slices: Items[Slice]) -> list[list[int]]:
         """For each slice the tokens to try behind its own: none for a piece of a prompt, and none for anybody if it doesn't pay."""
         drafters = [self._drafter(item) for item in slices]
-        chances = [drafter.chance() if drafter else 0.0 for drafter in drafters]
         decoders = sum(drafter is not None for drafter in drafters)
-        measured = self._at(decoders).price(decoders) if any(chances) else None
-        if measured is None:
+        measured = self._at(decoders).price(decoders) if decoders else None
+        if measured is None or CAUTION * measured * decoders >= SURE:  # not even a certain guess would pay: look nothing up
             return [[]] * len(slices)
+        chances = [drafter.chance() if drafter else 0.0 for drafter in drafters]
         price = CAUTION * measured
         lengths = best_lengths(chances, [self._room(item) for item in slices], price, decoders)
         return [drafter.draft(length) if drafter else [] for drafter, length in zip(drafters, lengths, strict=True)]

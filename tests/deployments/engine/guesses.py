@@ -1,4 +1,4 @@
-"""A policy of guessing that knows the answers and lies now and then: it reaches what prompt lookup and measured times reach rarely."""
+"""A policy of guessing that knows the answers and lies now and then: it reaches what prompt lookup rarely does."""
 
 from __future__ import annotations
 

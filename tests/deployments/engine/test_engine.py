@@ -202,7 +202,7 @@ samplings = st.fixed_dictionaries(
 prompts = st.lists(st.integers(0, 11), min_size=1, max_size=20)
 
 
-@limits(max_examples=150, deadline=None)
+@limits(max_examples=100, deadline=None)
 @given(
     work=st.lists(st.tuples(prompts, st.integers(1, 14), samplings), min_size=1, max_size=6),
     num_blocks=st.integers(9, 40),
@@ -214,7 +214,7 @@ def test_guesses_change_nothing_of_an_answer(
     work: list[tuple[list[int], int, dict[str, Any]]], num_blocks: int, lies: float, prefix_cache: bool, seed: int
 ) -> None:
     requests = [request(number, prompt, length, **options) for number, (prompt, length, options) in enumerate(work)]
-    expected = answers(recall(1000, prefix_cache=False), requests)
+    expected = answers(recall(200, prefix_cache=False), requests)
     guessing = recall(num_blocks, prefix_cache=prefix_cache)
     right = {key: [output.token for output in outputs] for key, outputs in expected.items()}
     guessing.speculation = Guesses(right, lies=lies, seed=seed)
@@ -250,7 +250,7 @@ def test_right_guesses_save_steps() -> None:
 def test_prompt_lookup_itself_changes_nothing_and_is_right_where_text_repeats() -> None:
     """Prompts in chunks, a pool that preempts, many at once: with the drafter and the policy that serve."""
     work = [request(number, [number % 12, 3, number % 5] * 5, 60, n=2) for number in range(6)]
-    expected = answers(recall(1000), work)
+    expected = answers(recall(300), work)
     guessing = recall(60, speculation=8)
     guessing.clock = itertools.count().__next__  # every step takes the same time, so that a row is free
     assert answers(guessing, work) == expected

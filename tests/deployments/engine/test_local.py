@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.local import LocalEngine
 from tests.deployments.engine.families import VOCABULARY, build, reference
+from tests.deployments.engine.guesses import Guesses
 from tests.deployments.engine.ranks import Report, run_on_two_ranks
 
 SERVABLE = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt_neox", "opt"]
@@ -22,6 +24,9 @@ GREEDY = Sampling(temperature=0.0, max_tokens=12)
 REPORTED = Sampling(temperature=0.0, max_tokens=12, logprobs=0)
 ROOMY = EngineSettings(block_size=4, kv_cache_bytes=1 << 22, max_batch_tokens=256, threads=1)
 TIGHT = EngineSettings(block_size=4, kv_cache_bytes=1 << 22, max_batch_tokens=16, max_sequences=8, threads=1)
+
+
+SAMPLED = Sampling(temperature=0.9, top_p=0.9, top_k=30, max_tokens=12, seed=5, repetition_penalty=1.1)
 
 
 def prompts(seed: int = 0) -> list[list[int]]:
@@ -61,7 +66,7 @@ def test_chunks_and_preemption_change_no_token(models: dict, family: str) -> Non
 @pytest.fixture(scope="module")
 def two_ranks(models: dict) -> dict[str, Report]:
     """What two ranks say of every family. One pair of processes for all: joining a group costs seconds."""
-    settings = TIGHT.model_copy(update={"shared_memory": False})
+    settings = TIGHT.model_copy(update={"shared_memory": False, "speculation": 0})
     return run_on_two_ranks({family: models[family][0] for family in SHARDABLE}, prompts(), settings, num_blocks=16)
 
 
@@ -76,11 +81,44 @@ def test_two_ranks_give_the_tokens_of_transformers(models: dict, two_ranks: dict
 
 
 @pytest.mark.parametrize("family", SHARDABLE)
+def test_guesses_change_no_token_of_two_ranks(models: dict, two_ranks: dict[str, Report], family: str) -> None:
+    report = two_ranks[family]
+    assert report.guessed == models[family][1]
+    assert report.accepted > 10
+
+
+@pytest.mark.parametrize("family", SHARDABLE)
 def test_logits_of_two_ranks_are_those_of_one(models: dict, two_ranks: dict[str, Report], family: str) -> None:
     with LocalEngine(models[family][0], settings=ROOMY) as one:
         expected = one.generate(prompts(), REPORTED)
     for result, logprobs in zip(expected, two_ranks[family].logprobs, strict=True):
         torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(result.logprobs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", SERVABLE)
+def test_guesses_change_no_token(models: dict, family: str) -> None:
+    """Right and wrong ones, at the end of a chunk too, with and without room for everybody, greedy and sampled."""
+    directory, expected = models[family]
+    for settings, blocks in ((ROOMY, 200), (TIGHT, 16)):
+        with LocalEngine(directory, settings=settings.model_copy(update={"speculation": 0}), blocks=blocks) as engine:
+            drawn = [result.token_ids for result in engine.generate(prompts(), SAMPLED)]
+            for sampling, answers in ((GREEDY, expected), (SAMPLED, drawn)):
+                engine.engine.speculation = Guesses({(number, 0): answer for number, answer in enumerate(answers)})
+                assert [result.token_ids for result in engine.generate(prompts(), sampling)] == answers
+            assert engine.engine.stats().accepted_tokens > 20
+            assert engine.engine.stats().blocks_used == 0
+
+
+def test_prompt_lookup_is_right_where_text_repeats(models: dict) -> None:
+    directory, _ = models["llama"]
+    repeated = [prompt * 4 for prompt in prompts()]
+    told = []
+    for guesses in (0, 8):
+        with LocalEngine(directory, settings=ROOMY.model_copy(update={"speculation": guesses}), blocks=200) as engine:
+            engine.engine.clock = itertools.count().__next__  # every step takes the same time, so that guessing seems free
+            told.append([result.token_ids for result in engine.generate(repeated, Sampling(temperature=0.0, max_tokens=60))])
+            assert (engine.engine.stats().accepted_tokens > 0) == (guesses > 0)
+    assert told[0] == told[1]
 
 
 def test_prefix_cache_changes_no_token(models: dict) -> None:
@@ -93,10 +131,9 @@ def test_prefix_cache_changes_no_token(models: dict) -> None:
 
 def test_batch_mates_change_no_sampled_token(models: dict) -> None:
     directory, _ = models["llama"]
-    sampling = Sampling(temperature=0.9, top_p=0.9, top_k=30, max_tokens=12, seed=5, repetition_penalty=1.1)
     with LocalEngine(directory, settings=ROOMY) as engine:
-        alone = [engine.generate([prompt], sampling)[0].token_ids for prompt in prompts()]
-        together = [result.token_ids for result in engine.generate(prompts(), sampling)]
+        alone = [engine.generate([prompt], SAMPLED)[0].token_ids for prompt in prompts()]
+        together = [result.token_ids for result in engine.generate(prompts(), SAMPLED)]
     assert together == alone
 
 
