@@ -104,6 +104,7 @@ def over_http(output_tokens: int, threads: int, max_concurrency: int) -> Iterato
             "MMAAS_ENGINE__KV_CACHE_BYTES": str(2 << 30),
             "MMAAS_ENGINE__MAX_SEQUENCES": str(max_concurrency),
             "MMAAS_ENGINE__PREFIX_CACHE": "false",
+            "MMAAS_ENGINE__SPECULATION": "0",
             "MMAAS_ENGINE__THREADS": str(threads),
         }
         platform = RunningPlatform(environment)

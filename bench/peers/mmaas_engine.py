@@ -16,6 +16,7 @@ def load() -> Generate:
         max_sequences=options.max_concurrency,
         kv_cache_bytes=2 << 30,
         prefix_cache=False,
+        speculation=0,  # a model of random weights runs into loops, which guessing would make too easy
     )
     engine = LocalEngine(options.model, tp=options.tp, dtype="bfloat16", settings=settings)
 

@@ -5,6 +5,7 @@ OSDI 2024). A step is filled in this order:
 
     1. running sequences, oldest first: a decoder takes one token, an unfinished prompt takes a chunk of what the budget leaves
     2. waiting sequences, first come first served, as long as slots, budget and blocks for the whole prompt are there
+    3. guessed tokens behind those of the decoders, if somebody guesses, from the budget and the blocks that nobody else took
 
 When a running sequence needs a block and none is left, the newest running one is preempted: its blocks go back and it will be
 recomputed, first in the queue. So the oldest always advances, which is why nothing starves: no sequence is accepted that could
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
 
 from deployments.engine.blocks import BlockPool, chain
 from deployments.engine.sequence import Sequence
@@ -23,16 +25,22 @@ from deployments.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Tokens `start .. start + count` of one sequence, to be computed in this step."""
+    """Tokens `start .. start + count` of one sequence, to be computed in this step, and the guesses that are tried behind them."""
 
     sequence: Sequence
     start: int
     count: int
+    draft: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
         """Whether the step ends at the sequence's last token, so that the next one is sampled."""
         return self.start + self.count == len(self.sequence.tokens)
+
+    @property
+    def width(self) -> int:
+        """Rows of the step."""
+        return self.count + len(self.draft)
 
 
 class Scheduler:
@@ -74,8 +82,22 @@ class Scheduler:
             slices.append(Slice(sequence, sequence.num_computed, count))
         if self.num_preemptions == preemptions:
             self._admit(slices, budget)
-        slices.sort(key=lambda item: (item.count > 1, item.start))
-        return slices
+        return _in_order(slices)
+
+    def extend(self, slices: Items[Slice], drafts: Items[Items[int]]) -> Items[Slice]:
+        """Let the slices that sample try these guesses too, as far as budget and blocks are left over: nobody waits or is preempted
+        for a guess."""
+        if not any(drafts):
+            return slices
+        budget = self.max_batch_tokens - sum(item.count for item in slices)
+        extended = []
+        for item, draft in zip(slices, drafts, strict=True):
+            slots = (len(item.sequence.blocks) + self.pool.num_available) * self.pool.block_size - item.start - item.count
+            tried = tuple(draft[: min(budget, slots)])
+            self._grow(item.sequence, self._blocks_missing(item.sequence, item.count + len(tried)))
+            budget -= len(tried)
+            extended.append(replace(item, draft=tried))
+        return _in_order(extended)
 
     def commit(self, slices: Iterable[Slice]) -> None:
         """The step was computed: its tokens are in the cache now, and full blocks may be shared."""
@@ -85,6 +107,14 @@ class Scheduler:
                 sequence.num_computed += item.count
                 if self.prefix_cache:
                     self._seal(sequence)
+
+    def accept(self, sequence: Sequence, count: int) -> None:
+        """Of a committed slice's draft, so many tokens were right and have been appended. Blocks of the wrong ones go back."""
+        sequence.num_computed += count
+        while self._blocks_missing(sequence, 0) < 0:
+            self.pool.release(sequence.blocks.pop())
+        if self.prefix_cache:
+            self._seal(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and give its blocks back. Safe to call twice."""
@@ -174,3 +204,7 @@ class Scheduler:
             self.pool.release(block)
         sequence.blocks.clear()
         sequence.num_computed = sequence.num_sealed = 0
+
+
+def _in_order(slices: Iterable[Slice]) -> list[Slice]:
+    return sorted(slices, key=lambda item: (item.width > 1, item.start))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cluster.types import FinishReason, Sampling
+from deployments.engine.draft import Drafter
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +31,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_sealed: int = 0  # blocks whose content the pool knows
     digests: list[bytes] = field(default_factory=list)  # of the full blocks' tokens, as far as known
+    drafter: Drafter | None = None  # since it decodes, where guessing is on
     finish_reason: FinishReason | None = None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from functools import cache
@@ -15,6 +16,7 @@ from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.local import LocalEngine
 from tests.deployments.engine.families import VOCABULARY, build, reference
+from tests.deployments.engine.guesses import Guesses
 from tests.deployments.engine.ranks import Report, run_on_two_ranks
 
 SERVABLE = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi3", "granite", "gpt_neox", "opt"]
@@ -33,6 +35,9 @@ TIGHT = EngineSettings(kv_cache_bytes=1 << 22, max_batch_tokens=16, max_sequence
 
 def through(path: str, settings: EngineSettings) -> EngineSettings:
     return settings.model_copy(update=PATHS[path])
+
+
+SAMPLED = Sampling(temperature=0.9, top_p=0.9, top_k=30, max_tokens=12, seed=5, repetition_penalty=1.1)
 
 
 def prompts(seed: int = 0) -> list[list[int]]:
@@ -75,7 +80,7 @@ def two_ranks(models: dict) -> Callable[[str], dict[str, Report]]:
 
     @cache
     def reports(path: str) -> dict[str, Report]:
-        settings = through(path, TIGHT).model_copy(update={"shared_memory": False})
+        settings = through(path, TIGHT).model_copy(update={"shared_memory": False, "speculation": 0})
         directories = {family: models[family][0] for family, other in SHARDED if other == path}
         return run_on_two_ranks(directories, prompts(), settings, num_blocks=FEW_BLOCKS[path])
 
@@ -95,6 +100,15 @@ def test_two_ranks_give_the_tokens_of_transformers(
 
 
 @pytest.mark.parametrize(("family", "path"), SHARDED)
+def test_guesses_change_no_token_of_two_ranks(
+    models: dict, two_ranks: Callable[[str], dict[str, Report]], family: str, path: str
+) -> None:
+    report = two_ranks(path)[family]
+    assert report.guessed == models[family][1]
+    assert report.accepted > 10
+
+
+@pytest.mark.parametrize(("family", "path"), SHARDED)
 def test_logits_of_two_ranks_are_those_of_one(
     models: dict, two_ranks: Callable[[str], dict[str, Report]], family: str, path: str
 ) -> None:
@@ -102,6 +116,36 @@ def test_logits_of_two_ranks_are_those_of_one(
         expected = one.generate(prompts(), REPORTED)
     for result, logprobs in zip(expected, two_ranks(path)[family].logprobs, strict=True):
         torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(result.logprobs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "path"), SERVED)
+def test_guesses_change_no_token(models: dict, family: str, path: str) -> None:
+    """Right and wrong ones, at the end of a chunk too, with and without room for everybody, greedy and sampled."""
+    directory, expected = models[family]
+    for settings, blocks in ((ROOMY, 200), (TIGHT, FEW_BLOCKS[path])):
+        unguessed = through(path, settings).model_copy(update={"speculation": 0})
+        with LocalEngine(directory, settings=unguessed, blocks=blocks) as engine:
+            drawn = [result.token_ids for result in engine.generate(prompts(), SAMPLED)]
+            for sampling, answers in ((GREEDY, expected), (SAMPLED, drawn)):
+                engine.engine.speculation = Guesses({(number, 0): answer for number, answer in enumerate(answers)})
+                assert [result.token_ids for result in engine.generate(prompts(), sampling)] == answers
+            assert engine.engine.stats().accepted_tokens > 20
+            assert engine.engine.stats().blocks_used == 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_prompt_lookup_is_right_where_text_repeats(models: dict, path: str) -> None:
+    directory, _ = models["llama"]
+    repeated = [prompt * 4 for prompt in prompts()]
+    told = []
+    for guesses in (0, 8):
+        with LocalEngine(
+            directory, settings=through(path, ROOMY).model_copy(update={"speculation": guesses}), blocks=200
+        ) as engine:
+            engine.engine.clock = itertools.count().__next__  # every step takes the same time, so that guessing seems free
+            told.append([result.token_ids for result in engine.generate(repeated, Sampling(temperature=0.0, max_tokens=60))])
+            assert (engine.engine.stats().accepted_tokens > 0) == (guesses > 0)
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -116,10 +160,9 @@ def test_prefix_cache_changes_no_token(models: dict, path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_batch_mates_change_no_sampled_token(models: dict, path: str) -> None:
     directory, _ = models["llama"]
-    sampling = Sampling(temperature=0.9, top_p=0.9, top_k=30, max_tokens=12, seed=5, repetition_penalty=1.1)
     with LocalEngine(directory, settings=through(path, ROOMY)) as engine:
-        alone = [engine.generate([prompt], sampling)[0].token_ids for prompt in prompts()]
-        together = [result.token_ids for result in engine.generate(prompts(), sampling)]
+        alone = [engine.generate([prompt], SAMPLED)[0].token_ids for prompt in prompts()]
+        together = [result.token_ids for result in engine.generate(prompts(), SAMPLED)]
     assert together == alone
 
 
