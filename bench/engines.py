@@ -46,10 +46,9 @@ def engines() -> dict[str, Engine]:
 
 def _vllm_env(environment: Path) -> dict[str, str]:
     """vLLM's own advice for CPUs: all cores compute, tcmalloc allocates, its OpenMP comes first."""
-    preload = [
-        *environment.glob("lib/python3.*/site-packages/**/libiomp5.so"),
-        *environment.glob("tcmalloc/usr/lib/*/libtcmalloc_minimal.so.4"),
-        *Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4"),
+    openmp = [*environment.glob("lib/libiomp5.so"), *environment.glob("lib/python3.*/site-packages/**/libiomp5.so")]
+    allocators = [
+        path for root in (environment / "tcmalloc/usr/lib", Path("/usr/lib")) for path in root.glob("*/libtcmalloc_minimal.so.4")
     ]
     return {
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
@@ -57,7 +56,7 @@ def _vllm_env(environment: Path) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
-        "LD_PRELOAD": ":".join(map(str, preload[:2])),
+        "LD_PRELOAD": ":".join(map(str, [*openmp[:1], *allocators[:1]])),
     }
 
 

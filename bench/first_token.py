@@ -26,7 +26,7 @@ import httpx
 from bench import models
 from bench.engine import Work
 from bench.engines import Running, engines
-from bench.harness import Row, Table, versions, write
+from bench.harness import Row, Table, percentile, versions, write
 from tests.e2e.platform import RunningPlatform, private_environment
 
 Prompts = list[list[int]]
@@ -81,11 +81,6 @@ def measure(way: str, answer: Answer, concurrency: int, work: Work) -> Measureme
     first = [request["first_token_s"] * 1e3 for request in requests]
     tokens, seconds = work.output_tokens * len(requests), sum(answered["wall_s"] for answered in answers)
     return Measurement(way, concurrency, statistics.median(first), percentile(first, 95), tokens / seconds)
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    """Between the two nearest values, as numpy does it."""
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
 
 
 @contextmanager
