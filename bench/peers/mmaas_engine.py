@@ -24,7 +24,12 @@ def load() -> Generate:
         sampling = Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         results = engine.generate(prompts, sampling, concurrency=concurrency)
         return [
-            {"num_tokens": len(result.token_ids), "first_token_s": result.first_token_s, "finished_s": result.finished_s}
+            {
+                "num_tokens": len(result.token_ids),
+                "first_token_s": result.first_token_s,
+                "finished_s": result.finished_s,
+                "token_times_s": result.token_times_s,
+            }
             for result in results
         ]
 
