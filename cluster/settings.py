@@ -96,6 +96,9 @@ class EngineSettings(_Section):
     torch; true: refuse a model that it can't run; false: never."""
     cache: Path = Field(default=Path("~/.cache/mmaas"), validate_default=True)
     """Where a node keeps what can be made again: compiled kernels and weights that are cut already. Mode 0700."""
+    cut_weights_bytes: int = Field(default=64 << 30, ge=0)
+    """Disk that a node's ranks may fill, in `cache`, with weights that are cut and converted already, so that a second start reads
+    only those; models that were not used for longest go first. 0: none are kept."""
     prefix_cache: bool = True
     """Keep the KV blocks of finished prompts and share them with later prompts of the same tenant that start alike."""
 

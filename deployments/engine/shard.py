@@ -1,4 +1,4 @@
-"""One rank as a process sees it: load the model, join the group, then lead or follow until told to stop.
+"""One rank as a process sees it: join the group, load its part of the model, then lead or follow until told to stop.
 
 The same code runs in a Ray actor (`deployments/llm.py`), in a plain child process and in the caller's own (`local.py`).
 """
@@ -14,6 +14,7 @@ from cluster.errors import ModelNotServable
 from cluster.settings import EngineSettings
 from deployments.engine.batch import Batch
 from deployments.engine.checkpoint import ModelInfo
+from deployments.engine.progress import Progress
 from deployments.engine.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
@@ -59,21 +60,21 @@ def uses_shared_memory(spec: ShardSpec) -> bool:
 class Shard:
     """A loaded rank."""
 
-    def __init__(self, spec: ShardSpec) -> None:
+    def __init__(self, spec: ShardSpec, progress: Progress | None = None) -> None:
         os.environ["OMP_NUM_THREADS"] = str(spec.threads)
         import torch
 
         from deployments.engine.attention import KvCache
         from deployments.engine.group import Group
-        from deployments.engine.runner import DTYPES, Runner, load_model
+        from deployments.engine.load import load
+        from deployments.engine.runner import Runner
 
         torch.set_num_threads(spec.threads)
         self.spec = spec
         self.group: Group | None = None
-        model = load_model(spec.directory, spec.model.dtype)
         if spec.rendezvous.size > 1:
             self.group = Group(spec.rendezvous, shared_memory=uses_shared_memory(spec))
-            model = self.group.shard(model, DTYPES[spec.model.dtype])
+        model = load(spec.directory, spec.model.dtype, self.group, spec.settings, progress or Progress())
         self.runner = Runner(model, KvCache(spec.num_blocks, spec.settings.block_size))
         self.runner.check()
 
