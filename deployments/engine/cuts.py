@@ -82,6 +82,7 @@ def _cut(name: str, tensor: Tensor, whole: Shape, rank: int) -> Cut:
 
 
 def _blocks(name: str, pieces: Sequence[Mapping[str, Any]], whole: Shape, part: Shape) -> tuple[tuple[Box, Box], ...]:
+    pieces = [piece for piece in pieces if math.prod(piece["shape"])]  # columns are dealt out by 64: a rank may get none
     blocks = tuple((_box(piece["source"], piece["shape"], whole), _box(piece["dest"], piece["shape"], part)) for piece in pieces)
     if any(piece.get("scale", 1.0) != 1.0 for piece in pieces):
         raise CutUnknown(f"AutoTP scales a part of {name}")
@@ -93,11 +94,11 @@ def _blocks(name: str, pieces: Sequence[Mapping[str, Any]], whole: Shape, part: 
 
 
 def _box(place: tuple[int, Sequence[int]], size: Sequence[int], shape: Shape) -> Box | None:
-    """The block of `size` at a flat offset in a dense tensor of `shape`; None when it is no block."""
+    """The block of `size` (not empty) at a flat offset in a dense tensor of `shape`; None when it is no block."""
     offset, strides = place
     box = []
     for length, stride, dense, limit in zip(size, strides, _strides(shape), shape, strict=True):
-        start, offset = divmod(offset, dense) if dense else (0, offset)
+        start, offset = divmod(offset, dense)
         if (length > 1 and stride != dense) or start + length > limit:
             return None
         box.append(slice(start, start + length))
@@ -105,5 +106,5 @@ def _box(place: tuple[int, Sequence[int]], size: Sequence[int], shape: Shape) ->
 
 
 def _strides(shape: Shape) -> list[int]:
-    """Of a dense tensor; 0 throughout where it has no element."""
+    """Of a dense tensor."""
     return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]

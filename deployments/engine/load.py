@@ -39,7 +39,7 @@ def load(directory: Path, dtype: str, group: Group | None, settings: EngineSetti
         return _whole(directory, dtype, group, weights, progress)
     copy = _copy(directory, dtype, group, settings, weights, empty)
     if copy and (kept := copy.read(empty.shapes(), progress)) is not None:
-        skeleton.fill(empty.model, kept, empty.dtype, {}, renamed=True)
+        skeleton.fill(empty.model, kept, empty.dtype, empty.apart, renamed=True)
         return empty.model
     progress.begin("model", sum(part.num_bytes for part in parts.values()))
     skeleton.fill(empty.model, parts, empty.dtype, empty.apart)
@@ -63,8 +63,9 @@ class _Empty:
     def of(cls, directory: Path, dtype: torch.dtype, group: Group | None) -> _Empty:
         model = skeleton.build(directory, dtype)
         whole = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        apart = skeleton.types_apart(model, dtype)
         if group is None:
-            return cls(model, dtype, {n: Cut.none(s) for n, s in whole.items()}, skeleton.types_apart(model, dtype), {})
+            return cls(model, dtype, {name: Cut.none(shape) for name, shape in whole.items()}, apart, {})
         try:
             model = group.shard(model, dtype)
         except ModelNotServable as error:
@@ -72,7 +73,7 @@ class _Empty:
         cuts = learn(model, whole, group.rank)
         parted = {one: other for one, other in skeleton.ties(model).items() if cuts[one] != cuts[other]}
         skeleton.untie(model, parted)
-        return cls(model, dtype, cuts, {}, parted | {other: one for one, other in parted.items()})  # DeepSpeed has one type for all
+        return cls(model, dtype, cuts, apart, parted | {other: one for one, other in parted.items()})
 
     def parts(self, weights: Weights, progress: Progress) -> dict[str, Part]:
         """What to read, by the stored tensor's name; by the parameter's own where that was tied to the stored one."""

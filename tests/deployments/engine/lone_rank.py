@@ -1,6 +1,6 @@
 """One rank of a group whose others aren't there: torch's fake backend lets collectives pass, which is enough to cut and to load.
 
-Run as a program it answers in JSON: `python -m tests.deployments.engine.lone_rank RANK SIZE WHAT DIRECTORY...`
+Run as a program it answers in JSON: `python -m tests.deployments.engine.lone_rank RANK SIZE WHAT ...`
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ def join(rank: int, size: int) -> Any:
     return Group(Rendezvous("file:///nowhere", rank, size, 60), shared_memory=False)
 
 
-def compare(directories: list[Path], group: Any) -> dict[str, Any]:
-    """For each model: where its load came from, and what differs from a whole model that DeepSpeed cut, bit by bit."""
+def compare(dtype: str, directories: list[Path], group: Any) -> dict[str, Any]:
+    """For each model: where its load came from, and what differs from a whole model that DeepSpeed cut, bit by bit.
+
+    Types are those of transformers' whole model: DeepSpeed has one for all, and so rounds what transformers keeps wide.
+    """
     import torch
 
     from deployments.engine.load import load
@@ -43,18 +46,19 @@ def compare(directories: list[Path], group: Any) -> dict[str, Any]:
 
     found = {}
     for directory in directories:
-        for dtype in ("float32", "bfloat16"):
-            progress = Progress()
-            ours = load(directory, dtype, group, EngineSettings(cut_weights_bytes=0), progress)
-            theirs = load_model(directory, dtype)
-            theirs = group.shard(theirs, DTYPES[dtype]) if group else theirs
-            differs = [name for name, tensor in tensors(ours).items() if tensor.is_meta]
-            differs += sorted(tensors(ours).keys() ^ tensors(theirs).keys())
-            for name, tensor in tensors(theirs).items():
-                mine = tensors(ours).get(name)
-                if mine is None or mine.dtype != tensor.dtype or not torch.equal(mine, tensor):
-                    differs.append(name)
-            found[f"{directory.name} {dtype}"] = {"source": progress.now().source, "differs": differs}
+        progress = Progress()
+        ours = load(directory, dtype, group, EngineSettings(cut_weights_bytes=0), progress)
+        theirs = load_model(directory, dtype)
+        types = {name: tensor.dtype for name, tensor in tensors(theirs).items()}
+        theirs = group.shard(theirs, DTYPES[dtype]) if group else theirs
+        differs = [name for name, tensor in tensors(ours).items() if tensor.is_meta]
+        differs += sorted(tensors(ours).keys() ^ tensors(theirs).keys())
+        for name, tensor in tensors(theirs).items():
+            mine = tensors(ours).get(name)
+            if mine is None or mine.dtype != types[name] or not torch.equal(mine.to(tensor.dtype), tensor):
+                differs.append(name)
+        bytes_held = sum(tensor.nbytes for tensor in ours.parameters())
+        found[directory.name] = {"source": progress.now().source, "differs": differs, "bytes": bytes_held}
     return found
 
 
@@ -82,8 +86,8 @@ def memory(field: str) -> int:
 
 
 if __name__ == "__main__":
-    rank, size, what, *paths = sys.argv[1:]
+    rank, size, what, *rest = sys.argv[1:]
     answer, sys.stdout = sys.stdout, sys.stderr  # DeepSpeed prints
     group = join(int(rank), int(size))
-    places = [Path(path) for path in paths]
-    json.dump(compare(places, group) if what == "compare" else measure(*places, group), answer)
+    found = measure(*map(Path, rest), group) if what == "measure" else compare(rest[0], [*map(Path, rest[1:])], group)
+    json.dump(found, answer)
