@@ -99,6 +99,9 @@ class EngineSettings(_Section):
     speculation: int = Field(default=8, ge=0, le=64)
     """Tokens of one sequence that a step may guess from the sequence itself and verify (prompt lookup); 0: none. How many it does
     guess, and whether, follows from measured times. Answers stay the same."""
+    cut_weights_bytes: int = Field(default=64 << 30, ge=0)
+    """Disk that a node's ranks may fill, in `cache`, with weights that are cut and converted already, so that a second start reads
+    only those; models that were not used for longest go first. 0: none are kept."""
     prefix_cache: bool = True
     """Keep the KV blocks of finished prompts and share them with later prompts of the same tenant that start alike."""
 

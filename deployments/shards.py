@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import ModelNotServable, PlatformError, Unavailable
 from cluster.private_files import private_directory
+from deployments.engine.progress import Loaded, Progress
 from deployments.engine.remote import RemoteEngine
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import ShardSpec
@@ -31,6 +32,7 @@ class ShardActor:
         from cluster import log
 
         log.configure(log_level)
+        self._progress = Progress()
 
     def where(self) -> tuple[str, str, int]:
         """Node id, address and pid."""
@@ -46,7 +48,11 @@ class ShardActor:
     def load(self, spec: ShardSpec) -> None:
         from deployments.engine.shard import Shard
 
-        self._shard = Shard(spec)
+        self._shard = Shard(spec, self._progress)
+
+    def loading(self) -> Loaded:
+        """How far the load is; answers while `load` works."""
+        return self._progress.now()
 
     def lead(self, path: str) -> None:
         from deployments.engine.lead import lead
@@ -97,6 +103,10 @@ class ShardGroup:
             self.kill()
             raise
 
+    async def loading(self) -> list[Loaded]:
+        """How far each rank's load is, in the order of the ranks."""
+        return list(await asyncio.gather(*(actor.loading.remote() for actor in self._actors)))
+
     def kill(self) -> None:
         """End every rank at once."""
         for actor in self._actors:
@@ -125,7 +135,7 @@ class ShardGroup:
         options = ray.remote(ShardActor).options(
             num_cpus=settings.cpus_per_shard,
             max_restarts=0,
-            max_concurrency=2,  # `where` answers while `follow` runs
+            max_concurrency=2,  # `where` and `loading` answer while `load` or `follow` runs
             scheduling_strategy=PlacementGroupSchedulingStrategy(get_current_placement_group(), rank),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}},
         )

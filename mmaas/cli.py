@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from mmaas.commands import chat, keys, models, platform, train
+from mmaas.commands import chat, keys, models, plan, platform, train
 
 app = typer.Typer(
     name="mmaas",
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 platform.add_to(app)
 models.add_to(app)
+plan.add_to(app)
 app.add_typer(keys.app, name="keys")
 chat.add_to(app)
 app.add_typer(train.app, name="train")

@@ -69,7 +69,7 @@ def inspect(directory: str | Path, *, tp: int, dtype: str, max_model_len: int | 
         num_layers=positive(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
         hidden_size=_hidden_size(config),
         num_heads=num_heads,
-        num_kv_heads=_num_kv_heads(config),
+        num_kv_heads=kv_heads(config),
         head_dim=_head_dim(config, weights),
         vocab_size=positive(config, "vocab_size"),
         max_model_len=_length(config, max_model_len),
@@ -77,6 +77,14 @@ def inspect(directory: str | Path, *, tp: int, dtype: str, max_model_len: int | 
         weight_bytes=weights.num_parameters * DTYPE_BYTES[dtype],
         dtype=dtype,
     )
+
+
+def check_shape(config: Mapping[str, Any], tp: int) -> str:
+    """The model's type. Raises ModelNotServable, with what to change, when what config.json alone says rules serving out."""
+    check_runs_no_code(config)
+    model_type, _ = _check_family(config, tp)
+    _check_split(config, tp)
+    return model_type
 
 
 def _check_family(config: Mapping[str, Any], tp: int) -> tuple[str, str]:
@@ -116,7 +124,7 @@ def _check_split(config: Mapping[str, Any], tp: int) -> None:
         raise ModelNotServable(f"tp must be at least 1, not {tp}", param="tp")
     sizes = {
         "attention heads": _num_heads(config),
-        "key/value heads": _num_kv_heads(config),
+        "key/value heads": kv_heads(config),
         "hidden size": _hidden_size(config),
         **{name: positive(config, name) for name in _INTERMEDIATE if config.get(name) is not None},
     }
@@ -130,7 +138,7 @@ def _num_heads(config: Mapping[str, Any]) -> int:
     return positive(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
 
 
-def _num_kv_heads(config: Mapping[str, Any]) -> int:
+def kv_heads(config: Mapping[str, Any]) -> int:
     """Heads of keys and values: fewer than of queries in grouped attention, one if `multi_query`."""
     num_heads = _num_heads(config)
     num_kv_heads = positive(config, "num_key_value_heads", "num_kv_heads", default=1 if config.get("multi_query") else num_heads)
@@ -147,7 +155,7 @@ def _head_dim(config: Mapping[str, Any], weights: Weights) -> int:
     """Width of one head: as configured, else as the weights show (families differ in their default), else the usual one."""
     if config.get("head_dim") is not None:
         return positive(config, "head_dim")
-    num_kv_heads = _num_kv_heads(config)
+    num_kv_heads = kv_heads(config)
     for name, entry in weights.tensors.items():
         if name.endswith("layers.0.self_attn.k_proj.weight") and entry.shape and entry.shape[0] % num_kv_heads == 0:
             return max(1, entry.shape[0] // num_kv_heads)

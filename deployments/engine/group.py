@@ -6,15 +6,17 @@ opened for it; over several nodes through the leader's TCP store.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from cluster.errors import ModelNotServable, ReplicaLost
 from deployments.engine.batch import Ints
@@ -39,15 +41,18 @@ class Group:
     def shard(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """Cut a whole model to this rank's part (DeepSpeed AutoTP, Megatron-style tensor parallelism).
 
-        Raises ModelNotServable when DeepSpeed can't, or leaves (almost) everything on every rank.
+        A model on the meta device stays there: what is cut are its modules and shapes. Raises ModelNotServable when DeepSpeed
+        can't, or leaves (almost) everything on every rank.
         """
         import deepspeed
 
         before = sum(parameter.numel() for parameter in model.parameters())
+        buffers = dict(model.named_buffers())
         try:
-            engine = deepspeed.init_inference(
-                model, tensor_parallel={"tp_size": self.size}, dtype=dtype, replace_with_kernel_inject=False
-            )
+            with _stays_on_meta(model):
+                engine = deepspeed.init_inference(
+                    model, tensor_parallel={"tp_size": self.size}, dtype=dtype, replace_with_kernel_inject=False
+                )
         except (AssertionError, ValueError, RuntimeError, NotImplementedError) as error:
             raise ModelNotServable(f"DeepSpeed can't cut {type(model).__name__} into {self.size} parts: {error}") from error
         after = sum(parameter.numel() for parameter in engine.module.parameters())
@@ -55,6 +60,7 @@ class Group:
             raise ModelNotServable(
                 f"DeepSpeed left {type(model).__name__} whole on each of {self.size} ranks; serve it with --tp 1"
             )
+        _restore(engine.module, buffers)
         log.info("sharded", extra={"rank": self.rank, "parameters": after, "of": before})
         return engine.module  # type: ignore[no-any-return]
 
@@ -107,6 +113,27 @@ class Group:
         present = torch.ones(1, dtype=torch.int32)
         dist.all_reduce(present)
         return int(present)
+
+
+@contextlib.contextmanager
+def _stays_on_meta(model: nn.Module) -> Iterator[None]:
+    """DeepSpeed ends by giving a meta model memory without content, which would also drop its notes on the cut."""
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        yield
+        return
+    model.to_empty = lambda **_: model  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.to_empty
+
+
+def _restore(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """DeepSpeed converts every buffer to the model's type; rotary frequencies in 16 bits would turn far positions wrong."""
+    for name, _ in list(model.named_buffers()):
+        if name in buffers:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = buffers[name]
 
 
 def _join(rendezvous: Rendezvous, *, shared_memory: bool) -> None:

@@ -1,4 +1,4 @@
-"""One rank as a process sees it: load the model, join the group, then lead or follow until told to stop.
+"""One rank as a process sees it: join the group, load its part of the model, then lead or follow until told to stop.
 
 The same code runs in a Ray actor (`deployments/llm.py`), in a plain child process and in the caller's own (`local.py`).
 """
@@ -15,6 +15,7 @@ from cluster.errors import ModelNotServable
 from cluster.settings import EngineSettings
 from deployments.engine.batch import Batch
 from deployments.engine.checkpoint import ModelInfo
+from deployments.engine.progress import Progress
 from deployments.engine.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
@@ -65,12 +66,13 @@ def uses_shared_memory(spec: ShardSpec) -> bool:
 class Shard:
     """A loaded rank."""
 
-    def __init__(self, spec: ShardSpec) -> None:
+    def __init__(self, spec: ShardSpec, progress: Progress | None = None) -> None:
         os.environ["OMP_NUM_THREADS"] = str(spec.threads)
         import torch
 
         torch.set_num_threads(spec.threads)
         self.spec = spec
+        self.progress = progress or Progress()
         self.group = self._join()
         self.runner = self._runner()
 
@@ -113,12 +115,12 @@ class Shard:
     def _checked(self) -> Runner:
         """The model in transformers' own code, cut to this rank's part, with paging proven."""
         from deployments.engine.attention import KvCache
-        from deployments.engine.runner import DTYPES, Runner, load_model
+        from deployments.engine.load import load
+        from deployments.engine.runner import Runner
 
-        model = load_model(self.spec.directory, self.spec.model.dtype)
-        if self.group:
-            model = self.group.shard(model, DTYPES[self.spec.model.dtype])
-        runner = Runner(model, KvCache(self.spec.num_blocks, self.spec.settings.block_size))
+        spec = self.spec
+        model = load(spec.directory, spec.model.dtype, self.group, spec.settings, self.progress)
+        runner = Runner(model, KvCache(spec.num_blocks, spec.settings.block_size))
         runner.check()
         return runner
 
