@@ -15,7 +15,7 @@ def load() -> Generate:
         threads=max(1, options.threads // options.tp),
         max_sequences=options.max_concurrency,
         kv_cache_bytes=2 << 30,
-        prefix_cache=False,
+        prefix_cache=options.prefix_cache,
     )
     engine = LocalEngine(options.model, tp=options.tp, dtype="bfloat16", settings=settings)
 
@@ -23,7 +23,12 @@ def load() -> Generate:
         sampling = Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         results = engine.generate(prompts, sampling, concurrency=concurrency)
         return [
-            {"num_tokens": len(result.token_ids), "first_token_s": result.first_token_s, "finished_s": result.finished_s}
+            {
+                "num_tokens": len(result.token_ids),
+                "first_token_s": result.first_token_s,
+                "finished_s": result.finished_s,
+                "cached_tokens": result.cached_tokens,
+            }
             for result in results
         ]
 

@@ -4,6 +4,7 @@
     bench  -> {"prompts": [[ids]], "max_tokens": n, "concurrency": c}
     engine -> {"wall_s": ..., "requests": [{"num_tokens", "first_token_s", "finished_s"}]}      until its input ends
 
+A request may also have "cached_tokens": those of its prompt that the engine's prefix cache gave.
 Times of a request are seconds from its own start, which is when one of the `concurrency` places became free for it.
 """
 
@@ -28,6 +29,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--max-concurrency", type=int, default=32)
+    parser.add_argument("--max-model-len", type=int, default=512, help="longest prompt and answer, for engines that plan by it")
+    parser.add_argument("--prefix-cache", action="store_true", help="share the beginnings of prompts, where the engine can")
     return parser.parse_args()
 
 
@@ -74,15 +77,15 @@ class ClosedLoop:
     def unfinished(self) -> bool:
         return bool(self._running or self._waiting)
 
-    def note(self, request: int, num_tokens: int, finished: bool) -> None:
-        """`num_tokens`: of the whole answer up to now."""
+    def note(self, request: int, num_tokens: int, finished: bool, **more: int) -> None:
+        """`num_tokens`: of the whole answer up to now; `more`: what else a finished request is to say."""
         now, state = time.perf_counter(), self._running[request]
         if num_tokens and state["first"] is None:
             state["first"] = now - state["started"]
         if finished:
             del self._running[request]
             finished_s = now - state["started"]
-            self.done[request] = {"num_tokens": num_tokens, "first_token_s": state["first"], "finished_s": finished_s}
+            self.done[request] = {"num_tokens": num_tokens, "first_token_s": state["first"], "finished_s": finished_s, **more}
 
     def results(self) -> list[Request]:
         return [self.done[request] for request in sorted(self.done)]
