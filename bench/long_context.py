@@ -17,7 +17,7 @@ from typing import Any
 from bench import models
 from bench.engine import Work, summarise
 from bench.engines import Engine, Running, engines
-from bench.harness import HERE, Row, Table, compare, write
+from bench.harness import Row, Table, compare, write
 
 WINDOW = 8192 + 256
 """Context window that the models are built with."""
@@ -123,7 +123,16 @@ def table(measured: Sequence[Measurement]) -> Table:
         speeds = [f"{m.prompt_tokens_per_s:.0f}", f"{m.tokens_per_s:.1f}"]
         memory = [f"{size / 2**20:.0f}" for size in (m.kv_bytes, m.grown_bytes, m.peak_rss_bytes)]
         lines.append([m.model, str(m.context), m.engine, *speeds, *memory])
-    columns = ["model", "context", "engine", "prompt tokens/s", "output tokens/s", "keys and values, MiB", "grown by, MiB", "peak, MiB"]
+    columns = [
+        "model",
+        "context",
+        "engine",
+        "prompt tokens/s",
+        "output tokens/s",
+        "keys and values, MiB",
+        "grown by, MiB",
+        "peak, MiB",
+    ]
     return Table("One request at a time, bfloat16: speed and memory by length of context", columns, lines)
 
 

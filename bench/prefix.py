@@ -1,8 +1,8 @@
 """What the prefix cache gains where prompts begin alike: `python -m bench.prefix`.
 
-Requests share a system prompt of 1,000 tokens and differ in the 32 after it; 32 tokens out, greedy. Our engine with its prefix cache
-on and off, and peers with theirs on; each in its own process, one after the other. The cache knows nothing of the system prompt when
-the clock starts: the warm-up has another one.
+Requests share a system prompt of 1,000 tokens and differ in the 32 after it; 32 tokens out, greedy. Our engine with its prefix
+cache on and off, and peers with theirs on; each in its own process, one after the other. The cache has never seen the system prompt
+when the clock starts: the warm-up has another one.
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ def measure(
         return summarise(answer, engine, model, work, concurrency, prefix_cache), running.versions
 
 
-def summarise(
-    answer: dict[str, Any], engine: Engine, model: str, work: Work, concurrency: int, prefix_cache: bool
-) -> Measurement:
+def summarise(answer: dict[str, Any], engine: Engine, model: str, work: Work, concurrency: int, prefix_cache: bool) -> Measurement:
     """Raises RuntimeError for an engine that didn't do all of the work."""
     requests = answer["requests"]
     if [request["num_tokens"] for request in requests] != [work.output_tokens] * work.num_requests:
