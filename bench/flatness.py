@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"{model}, {name}: p99 {measurement.gap_p99_ms:.0f} ms", file=sys.stderr)
         if not options.dry_run:
             draw(HERE / "results" / f"flatness-{model}.svg", model, gaps)
-    shown = table(measured)
+    shown = table(measured, work.prompt_tokens)
     shown.show()
     if not options.dry_run:
         command = shlex.join(["python", "-m", "bench.flatness", *sys.argv[1:]])
@@ -107,7 +107,8 @@ def fixed(budget: int) -> Policy:
 
 
 def within(target_s: float) -> Policy:
-    """As many tokens of the prompt as keep a step within `target_s`, by the last one that had some; without decoders, `LARGEST`."""
+    """As many tokens of the prompt as keep a step within `target_s`, or within twice a step of the decoders alone where that is more:
+    by what a token took in the last step that had some. Without decoders, `LARGEST`."""
 
     def budget(steps: Sequence[Step], decoders: int) -> int:
         if not decoders:
@@ -118,7 +119,7 @@ def within(target_s: float) -> Policy:
         if mixed is None:
             return decoders + 4 * SMALLEST
         per_token_s = max(1e-9, (mixed.seconds - decode_s) / mixed.prompt_tokens)
-        fitting = int((target_s - decode_s) / per_token_s)
+        fitting = int((max(target_s, 2 * decode_s) - decode_s) / per_token_s)
         return decoders + min(max(fitting, SMALLEST), LARGEST, 2 * mixed.prompt_tokens)
 
     return budget
@@ -258,14 +259,16 @@ def rows(measured: Sequence[Measurement]) -> list[Row]:
     return [Row(f"{m.model}: {m.policy}", m.decoders, 1, round(m.gap_p99_ms, 3), None, None, None) for m in measured]
 
 
-def table(measured: Sequence[Measurement]) -> Table:
+def table(measured: Sequence[Measurement], prompt_tokens: int) -> Table:
     lines = []
     for m in measured:
         gaps = (m.alone_gap_p50_ms, m.gap_p50_ms, m.gap_p99_ms, m.gap_max_ms)
         first = (m.first_token_ms, m.alone_first_token_ms)
         lines.append([m.model, m.policy, *(f"{ms:.0f}" for ms in (*gaps, *first)), f"{m.tokens_per_s:.0f}"])
     columns = ["model", "budget of a step", "gap before", "p50 beside", "p99", "max", "first token", "alone", "tokens/s beside"]
-    return Table("Milliseconds between tokens of 8 decoders while a prompt of 4,096 tokens enters, bfloat16", columns, lines)
+    decoders = ", ".join(map(str, sorted({m.decoders for m in measured})))
+    title = f"Milliseconds between tokens of {decoders} decoders while a prompt of {prompt_tokens:,} tokens enters, bfloat16"
+    return Table(title, columns, lines)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

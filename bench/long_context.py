@@ -12,12 +12,13 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from bench import models
+from bench import models, plot
 from bench.engine import Work, summarise
 from bench.engines import Engine, Running, engines
-from bench.harness import Row, Table, compare, write
+from bench.harness import HERE, Row, Table, compare, write
 
 WINDOW = 8192 + 256
 """Context window that the models are built with."""
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     shown = table(measured)
     shown.show()
     if not options.dry_run:
+        for model in dict.fromkeys(m.model for m in measured):
+            draw(HERE / "results" / f"long_context-{model}.svg", model, measured)
         command = shlex.join(["python", "-m", "bench.long_context", *sys.argv[1:]])
         more: dict[str, Any] = {"measurements": [asdict(m) for m in measured], "left_out": left_out}
         print(write("long_context", rows(measured), shown, command=command, found=found, **more))
@@ -115,6 +118,13 @@ def rows(measured: Sequence[Measurement]) -> list[Row]:
             row = compare(speed(own), peers, model=name, concurrency=1, tp=1)
             stated.append(row or Row(name, 1, 1, round(speed(own), 3), None, None, None))
     return stated
+
+
+def draw(path: Path, model: str, measured: Sequence[Measurement]) -> None:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for m in (m for m in measured if m.model == model):
+        series.setdefault(m.engine, []).append((m.context, m.tokens_per_s))
+    plot.lines(path, f"Output after a long context (model {model})", "tokens of context", "tokens per second", series, log_x=True)
 
 
 def table(measured: Sequence[Measurement]) -> Table:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import shlex
 import sys
@@ -18,7 +19,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 
 from bench import plot
@@ -33,8 +35,8 @@ from deployments.engine.sequence import Sequence as EngineSequence
 
 MOST_MB_PER_MINUTE = 1.0
 WARM_UP = 0.25
-"""Share of the requests before memory is watched: by then every shape of batch has been seen."""
-SAMPLE_S, LEAST_SAMPLES = 0.25, 240
+"""Share of the time before memory is watched: by then every shape of batch has been seen."""
+SAMPLE_S, LEAST_SAMPLES, SHOWN_SAMPLES = 0.25, 240, 200
 IN_FLIGHT = 40
 CHECK_STEPS = 50
 ROUND = 1000
@@ -78,6 +80,7 @@ class Soak:
 
     engine: Engine
     requests: Iterator[Plan]
+    held: Callable[[], tuple[int, int]] = field(default=lambda: retained())
     added: int = 0
     answered: int = 0
     hung_up: int = 0  # requests of which nothing went on after an abort
@@ -89,6 +92,10 @@ class Soak:
     _open: dict[int, Open] = field(default_factory=dict)
     _known: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     _round_ends: int = 0
+    _held_before: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        self._held_before = self.held()
 
     @property
     def ended(self) -> int:
@@ -170,8 +177,8 @@ class Soak:
         assert not self.engine.has_work, f"{stats.running} sequences run and {stats.waiting} wait for nobody"
         assert stats.blocks_used == 0, f"{stats.blocks_used} blocks leaked"
         assert (stats.output_tokens, stats.aborted) == (self.output_tokens, self.cut_off), "the engine counts something else"
-        requests, sequences = retained()
-        assert sequences == 0, f"{sequences} sequences are still in memory"
+        requests, sequences = (now - before for now, before in zip(self.held(), self._held_before, strict=True))
+        assert sequences <= 0, f"{sequences} sequences are still in memory"
         assert requests <= NUM_KNOWN, f"{requests - NUM_KNOWN} requests are still in memory"
 
 
@@ -214,24 +221,24 @@ class Result:
     slope: Slope | None
 
 
-def soak(local: LocalEngine, count: int, seed: int, show: Callable[[int], None] = lambda ended: None) -> Result:
-    """Raises AssertionError for whatever is wrong; the slope is for the caller to judge, None for a run too short to have one."""
+def soak(
+    local: LocalEngine, count: int, seed: int, longest_s: float = math.inf, show: Callable[[int], None] = lambda ended: None
+) -> Result:
+    """`count` requests, or as many as enter in `longest_s`. Raises AssertionError for whatever is wrong; the slope is for the
+    caller to judge, None for a run too short to have one."""
     drawn = plans(seed, count, vocab_size=local.info.vocab_size, max_model_len=local.info.max_model_len)
-    run, memory = Soak(local.engine, drawn), Memory()
-    warm_at = 0  # of the samples, the first after the warm-up
+    memory, began = Memory(), time.monotonic()
+    run = Soak(local.engine, takewhile(lambda _: time.monotonic() - began < longest_s, drawn))
 
     def after_step() -> None:
-        nonlocal warm_at
         memory.sample()
-        if run.ended < WARM_UP * count:
-            warm_at = len(memory.samples)
         show(run.ended)
 
-    began = time.monotonic()
     run.run(after_step)
     seconds, stats = time.monotonic() - began, local.engine.stats()
+    warm = memory.samples[int(len(memory.samples) * WARM_UP) :]
     return Result(
-        requests=count,
+        requests=run.ended,
         answered=run.answered,
         hung_up=run.hung_up,
         left=dict(run.left),
@@ -243,14 +250,14 @@ def soak(local: LocalEngine, count: int, seed: int, show: Callable[[int], None] 
         integrity_checks=run.integrity_checks,
         seconds=seconds,
         memory=memory.samples,
-        slope=slope(memory.samples[warm_at:]) if len(memory.samples) - warm_at >= LEAST_SAMPLES else None,
+        slope=slope(warm) if len(warm) >= LEAST_SAMPLES else None,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = _arguments(argv)
     with tiny_engine(options.tp) as local, progress(options.requests) as show:
-        result = soak(local, options.requests, options.seed, show)
+        result = soak(local, options.requests, options.seed, options.minutes * 60, show)
     shown = table(result, options.tp)
     shown.show()
     if not options.dry_run:
@@ -258,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = shlex.join(["python", "-m", "bench.soak", *sys.argv[1:]])
         rows = [Row("tiny Llama", IN_FLIGHT, options.tp, round(result.requests / result.seconds, 3), None, None, None)]
         found = versions(["torch", "transformers", "deepspeed"])
+        result = replace(result, memory=result.memory[:: max(1, len(result.memory) // SHOWN_SAMPLES)])
         draw(HERE / "results" / f"{name}.svg", result)
         print(write(name, rows, shown, command=command, found=found, unit="requests per second", result=asdict(result)))
     if result.slope and result.slope.mb_per_minute >= MOST_MB_PER_MINUTE:
@@ -286,8 +294,7 @@ def progress(count: int) -> Iterator[Callable[[int], None]]:
 
 
 def draw(path: Path, result: Result) -> None:
-    every = max(1, len(result.memory) // 400)
-    points = [(seconds, size / 1e6) for seconds, size in result.memory[::every]]
+    points = [(seconds, size / 1e6) for seconds, size in result.memory]
     plot.lines(path, f"Memory of a soak of {result.requests} requests", "seconds", "MB", {"resident": points})
 
 
@@ -312,6 +319,7 @@ def table(result: Result, tp: int) -> Table:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
     parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no request enters later than that")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry-run", action="store_true", help="show the table and write nothing")
