@@ -107,8 +107,8 @@ def fixed(budget: int) -> Policy:
 
 
 def within(target_s: float) -> Policy:
-    """As many tokens of the prompt as keep a step within `target_s`, or within twice a step of the decoders alone where that is more:
-    by what a token took in the last step that had some. Without decoders, `LARGEST`."""
+    """As many tokens of the prompt as keep a step within `target_s`, or within twice a step of the decoders alone where that is
+    more: by what a token took in the last step that had some. Without decoders, `LARGEST`."""
 
     def budget(steps: Sequence[Step], decoders: int) -> int:
         if not decoders:

@@ -293,9 +293,9 @@ def progress(count: int) -> Iterator[Callable[[int], None]]:
         yield lambda ended: bar.update(task, completed=ended)
 
 
-def draw(path: Path, result: Result) -> None:
+def draw(path: Path, result: Result) -> Path:
     points = [(seconds, size / 1e6) for seconds, size in result.memory]
-    plot.lines(path, f"Memory of a soak of {result.requests} requests", "seconds", "MB", {"resident": points})
+    return plot.lines(path, f"Memory of a soak of {result.requests} requests", "seconds", "MB", {"resident": points})
 
 
 def table(result: Result, tp: int) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bench import flatness, models
@@ -74,3 +76,11 @@ def test_only_gaps_beside_the_prompt_are_its_doing() -> None:
     assert (m.first_token_ms, m.alone_first_token_ms, m.tokens_per_s) == (1000, 400, 2.0)
     assert rows([m])[0].model == "S: x"
     assert table([m], 4096).lines[0][:4] == ["S", "x", "10", "200"]
+
+
+def test_the_plot_has_one_line_for_each_policy(tmp_path: Path) -> None:
+    gaps = [Gap(0, 0.1, 0.01), Gap(1, 0.1, 9.0), Gap(0, 0.2, 0.02)]
+    flatness.draw(tmp_path / "x.svg", "S", {"64 tokens": gaps, "whole prompt": gaps})
+    drawn = (tmp_path / "x.svg").read_text()
+    assert drawn.count("<circle") == 2 * 3, "two points of decoder 0 and one in the legend, for each"
+    assert "whole prompt" in drawn

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import models
-from bench.long_context import Measurement, kv_bytes_per_token, measure, rows, table
+from bench.long_context import Measurement, draw, kv_bytes_per_token, measure, rows, table
 from deployments.engine.checkpoint import inspect
 from tests.bench.test_engine import echo
 
@@ -50,3 +50,10 @@ def test_keys_and_values_are_what_the_engine_counts(tmp_path: Path, monkeypatch:
     info = inspect(models.directory("S", tmp_path, context=8448), tp=1, dtype="bfloat16")
     assert info.max_model_len == 8448
     assert kv_bytes_per_token("S") == info.kv_bytes_per_token
+
+
+def test_the_plot_is_of_one_model(tmp_path: Path) -> None:
+    draw(tmp_path / "x.svg", "S", [OURS, OTHER, replace(OTHER, model="M", engine="elsewhere")])
+    drawn = (tmp_path / "x.svg").read_text()
+    assert "other" in drawn
+    assert "elsewhere" not in drawn

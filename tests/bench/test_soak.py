@@ -4,38 +4,33 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from bench.soak import IN_FLIGHT, NUM_BLOCKS, SETTINGS, Soak, soak, table, tiny_engine
+from bench.soak import IN_FLIGHT, NUM_BLOCKS, SETTINGS, Soak, draw, soak, table, tiny_engine
 from bench.soak_requests import LEAVES, NUM_KNOWN, Plan, plans
 from bench.step import NoModel
 from cluster.types import Sampling
 from deployments.engine.engine import Engine, Output, Request
-from deployments.engine.local import LocalEngine
 
 VOCABULARY, WINDOW = 288, 256
 
 
-@pytest.fixture(scope="module")
-def local() -> Iterator[LocalEngine]:
-    with tiny_engine(tp=1) as engine:
-        yield engine
-
-
-def test_nothing_is_left_of_five_hundred_requests(local: LocalEngine) -> None:
-    result = soak(local, 500, seed=1)
+def test_nothing_is_left_of_five_hundred_requests(tmp_path: Path) -> None:
+    with tiny_engine(tp=1) as local:
+        assert soak(local, 500, seed=1, longest_s=0.0).requests == 0
+        result = soak(local, 500, seed=1)
     assert result.answered + result.hung_up == 500
     assert result.left.keys() == set(LEAVES)
     assert result.preemptions > 20, "the cache was meant to be too small"
     assert 0.1 < result.cached_share < 0.9
     assert result.repeated > 20
     assert result.slope is None
-    assert table(result, 1).lines
+    assert table(result, 1).lines[0][1].startswith("500: ")
+    assert draw(tmp_path / "x.svg", result).stat().st_size > 1000
 
 
 @pytest.mark.slow
