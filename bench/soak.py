@@ -244,7 +244,7 @@ def soak(
         left=dict(run.left),
         repeated=run.repeated,
         output_tokens=run.output_tokens,
-        cached_share=stats.cached_tokens / stats.prompt_tokens,
+        cached_share=stats.cached_tokens / max(1, stats.prompt_tokens),
         steps=stats.steps,
         preemptions=stats.preemptions,
         integrity_checks=run.integrity_checks,
