@@ -55,10 +55,12 @@ def sort_counters(counters: Mapping[str, float]) -> dict[str, float]:
 def divide(
     model_s: float, inside: Mapping[str, float], outside_s: float, sampling_s: float, broadcast_s: float
 ) -> dict[str, float]:
-    """All parts of a step: those inside the model, what they leave of its time, and those around it. No part is negative, so they
-    may add up to more than the step where a watched model was slower than a plain one."""
-    return dict(inside) | {
-        PYTHON: max(0.0, model_s - sum(inside.values())),
+    """All parts of a step: those inside the model, what they leave of its time, and those around it. Where the watched ones took
+    longer than the whole model does unwatched, they share its time in their proportions."""
+    watched_s = sum(inside.values())
+    scale = min(1.0, model_s / watched_s) if watched_s else 1.0
+    return {part: seconds * scale for part, seconds in inside.items()} | {
+        PYTHON: max(0.0, model_s - watched_s),
         SAMPLING: sampling_s,
         SCHEDULING: max(0.0, outside_s - sampling_s),
         BROADCAST: broadcast_s,

@@ -54,8 +54,9 @@ def test_the_parts_add_up_to_the_step() -> None:
     assert sum(parts.values()) == 13.5
 
 
-def test_no_part_is_negative() -> None:
-    parts = divide(model_s=5.0, inside=INSIDE, outside_s=0.5, sampling_s=1.0, broadcast_s=0.0)
+def test_no_part_is_negative_or_longer_than_the_whole() -> None:
+    parts = divide(model_s=3.5, inside=INSIDE, outside_s=0.5, sampling_s=1.0, broadcast_s=0.0)
+    assert (parts[LINEAR], parts[ATTENTION], parts[REST]) == (2.0, 1.0, 0.5)
     assert (parts[PYTHON], parts[SCHEDULING]) == (0.0, 0.0)
 
 
