@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import models, plot
-from bench.engine import Work, summarise
+from bench.engine import Work
 from bench.engines import Engine, Running, engines
 from bench.harness import HERE, Row, Table, compare, write
 
@@ -79,22 +80,28 @@ def measure(
         for context in contexts:
             work = Work(options.repeats, options.repeats, context, options.tokens)
             answer = running.run(work.prompts(1, vocab_size), work.output_tokens, 1)
-            whole = summarise(answer, engine, model, 1, work, running)
-            measured.append(
-                Measurement(
-                    engine=engine.name,
-                    model=model,
-                    context=context,
-                    ours=engine.ours,
-                    prompt_tokens_per_s=context / whole.first_token_s,
-                    tokens_per_s=1 / whole.per_token_s,
-                    peak_rss_bytes=whole.peak_rss_bytes,
-                    grown_bytes=whole.peak_rss_bytes - running.ready_rss_bytes,
-                    kv_bytes=kv_bytes_per_token(model) * (context + options.tokens),
-                )
-            )
+            measured.append(summarise(answer["requests"], engine, model, work, running))
             print(f"{engine.name}, {model}, {context}: {measured[-1].tokens_per_s:.1f} tokens/s", file=sys.stderr)
         return measured, running.versions
+
+
+def summarise(requests: Sequence[dict[str, Any]], engine: Engine, model: str, work: Work, running: Running) -> Measurement:
+    """Raises RuntimeError for an engine that didn't do all of the work."""
+    if [request["num_tokens"] for request in requests] != [work.output_tokens] * work.num_requests:
+        raise RuntimeError(f"it answered {len(requests)} times, with {sorted({r['num_tokens'] for r in requests})} tokens")
+    first_s = statistics.median(request["first_token_s"] for request in requests)
+    rest_s = statistics.median(request["finished_s"] - request["first_token_s"] for request in requests)
+    return Measurement(
+        engine=engine.name,
+        model=model,
+        context=work.prompt_tokens,
+        ours=engine.ours,
+        prompt_tokens_per_s=work.prompt_tokens / first_s,
+        tokens_per_s=(work.output_tokens - 1) / rest_s,
+        peak_rss_bytes=running.peak_rss_bytes,
+        grown_bytes=running.peak_rss_bytes - running.ready_rss_bytes,
+        kv_bytes=kv_bytes_per_token(model) * (work.prompt_tokens + work.output_tokens),
+    )
 
 
 def kv_bytes_per_token(model: str) -> int:
