@@ -9,7 +9,7 @@ RUN := $(VENV)/.run-stamp
 DEV := $(VENV)/.dev-stamp
 LOCK := pyproject.toml constraints.txt
 
-.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput clean help
+.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile soak clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -58,6 +58,21 @@ bench-speculation: $(DEV)  ## what guessing tokens by prompt lookup brings, and 
 
 bench-goodput: $(DEV)  ## requests answered in good time under a real load, beside vllm serve
 	$(BIN)/python -m bench.goodput
+
+bench-prefix: $(DEV)  ## what the prefix cache gains where prompts begin alike
+	$(BIN)/python -m bench.prefix
+
+bench-long-context: $(DEV)  ## speed and memory as the context grows to 8,192 tokens
+	$(BIN)/python -m bench.long_context
+
+bench-flatness: $(DEV)  ## time between tokens while a long prompt enters
+	$(BIN)/python -m bench.flatness
+
+bench-step-profile: $(DEV)  ## where the time of a decode step goes
+	$(BIN)/python -m bench.step_profile
+
+soak: $(DEV)  ## 20,000 requests of every kind; nothing may be left of them
+	$(BIN)/python -m bench.soak
 
 clean:  ## remove caches and the virtual environment; data in .mmaas stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -73,13 +73,14 @@ def _zentorch_env(environment: Path) -> dict[str, str]:
 class Running:
     """One engine with one model loaded, in a process of its own; a context manager that ends it."""
 
-    def __init__(self, engine: Engine, model: Path, *, threads: int, max_concurrency: int) -> None:
-        """Raises RuntimeError, with what the engine printed last, if it doesn't come up."""
+    def __init__(self, engine: Engine, model: Path, *, threads: int, max_concurrency: int, more: Sequence[str] = ()) -> None:
+        """`more`: other arguments of `bench/peers/protocol.py`. Raises RuntimeError, with what the engine printed last, if it
+        doesn't come up."""
         self._engine = engine
         command = [engine.python, PEERS / engine.program, "--model", model, "--tp", engine.tp, "--threads", threads]
         self._errors: list[str] = []
         self._process = subprocess.Popen(
-            [str(part) for part in [*command, "--max-concurrency", max_concurrency]],
+            [str(part) for part in [*command, "--max-concurrency", max_concurrency, *more]],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), **engine.env},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -90,6 +91,8 @@ class Running:
         self._ended = threading.Event()
         threading.Thread(target=self._keep_errors, daemon=True).start()
         ready = self._answer()
+        self._note_memory()
+        self.ready_rss_bytes = self.peak_rss_bytes
         threading.Thread(target=self._watch_memory, daemon=True).start()
         self.versions: dict[str, str] = ready["versions"]
         self.load_s: float = ready["load_s"]

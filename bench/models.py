@@ -44,10 +44,10 @@ MODELS: dict[str, dict[str, Any]] = {
 _COMMON = {"max_position_embeddings": 2048, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "dtype": "bfloat16"}
 
 
-def directory(name: str, cache: Path | None = None) -> Path:
-    """The model's Hugging Face directory, built unless it is there from last time."""
+def directory(name: str, cache: Path | None = None, *, context: int | None = None) -> Path:
+    """The model's Hugging Face directory, built unless it is there from last time. `context`: another context window, in tokens."""
     cache = cache or Path(os.environ.get("MMAAS_BENCH_CACHE") or Path(tempfile.gettempdir()) / "mmaas-bench")
-    spec = MODELS[name] | _COMMON
+    spec = MODELS[name] | _COMMON | ({"max_position_embeddings": context} if context else {})
     target = cache / f"{name}-{_key(spec)}"
     if not target.is_dir():
         cache.mkdir(parents=True, exist_ok=True)

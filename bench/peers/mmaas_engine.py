@@ -15,7 +15,7 @@ def load() -> Generate:
         threads=max(1, options.threads // options.tp),
         max_sequences=options.max_concurrency,
         kv_cache_bytes=2 << 30,
-        prefix_cache=False,
+        prefix_cache=options.prefix_cache,
         speculation=0,  # a model of random weights runs into loops, which guessing would make too easy
     )
     engine = LocalEngine(options.model, tp=options.tp, dtype="bfloat16", settings=settings)
@@ -29,6 +29,7 @@ def load() -> Generate:
                 "first_token_s": result.first_token_s,
                 "finished_s": result.finished_s,
                 "token_times_s": result.token_times_s,
+                "cached_tokens": result.cached_tokens,
             }
             for result in results
         ]

@@ -40,7 +40,7 @@ def load() -> Generate:
     scheduler.dynamic_split_fuse = True
     scheduler.max_num_batched_tokens = 1024
     scheduler.max_num_seqs = options.max_concurrency
-    scheduler.enable_prefix_caching = False
+    scheduler.enable_prefix_caching = options.prefix_cache
     properties = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16", "INFERENCE_NUM_THREADS": options.threads}
     pipeline = openvino_genai.ContinuousBatchingPipeline(str(directory), scheduler, "CPU", properties)
 

@@ -6,6 +6,7 @@
 
 until its input ends. Times of a request are seconds from its own start, which is when one of the `concurrency` places became free
 for it; `token_times_s` has one for every token of the answer.
+A request may also have "cached_tokens": those of its prompt that the engine's prefix cache gave.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--max-concurrency", type=int, default=32)
+    parser.add_argument("--max-model-len", type=int, default=512, help="longest prompt and answer, for engines that plan by it")
+    parser.add_argument("--prefix-cache", action="store_true", help="share the beginnings of prompts, where the engine can")
     return parser.parse_args()
 
 
@@ -75,8 +78,8 @@ class ClosedLoop:
     def unfinished(self) -> bool:
         return bool(self._running or self._waiting)
 
-    def note(self, request: int, num_tokens: int, finished: bool) -> None:
-        """`num_tokens`: of the whole answer up to now."""
+    def note(self, request: int, num_tokens: int, finished: bool, **more: int) -> None:
+        """`num_tokens`: of the whole answer up to now; `more`: what else a finished request is to say."""
         now, state = time.perf_counter(), self._running[request]
         if num_tokens and state["first"] is None:
             state["first"] = now - state["started"]
@@ -84,7 +87,7 @@ class ClosedLoop:
         if finished:
             del self._running[request]
             finished_s = now - state["started"]
-            self.done[request] = {"num_tokens": num_tokens, "first_token_s": state["first"], "finished_s": finished_s}
+            self.done[request] = {"num_tokens": num_tokens, "first_token_s": state["first"], "finished_s": finished_s, **more}
             self.done[request]["token_times_s"] = state["times"]
 
     def results(self) -> list[Request]:

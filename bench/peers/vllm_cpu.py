@@ -12,9 +12,9 @@ def load() -> Generate:
     engine = LLM(
         options.model,
         dtype="bfloat16",
-        max_model_len=512,
+        max_model_len=options.max_model_len,
         max_num_seqs=options.max_concurrency,
-        enable_prefix_caching=False,
+        enable_prefix_caching=options.prefix_cache,
         skip_tokenizer_init=True,
         disable_log_stats=True,
     ).llm_engine
@@ -27,7 +27,8 @@ def load() -> Generate:
                 engine.add_request(str(request), {"prompt_token_ids": prompts[request]}, params)
             for output in engine.step():
                 # vLLM adds a suffix of its own to request ids; what was given stands in front of it.
-                loop.note(int(output.request_id.split("-")[0]), len(output.outputs[0].token_ids), output.finished)
+                number, cached = int(output.request_id.split("-")[0]), output.num_cached_tokens or 0
+                loop.note(number, len(output.outputs[0].token_ids), output.finished, cached_tokens=cached)
         return loop.results()
 
     return generate

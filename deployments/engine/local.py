@@ -27,6 +27,7 @@ class Generation:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    cached_tokens: int = 0  # of the prompt
     started_at: float = 0.0
     first_token_s: float = 0.0
     finished_s: float = 0.0
@@ -128,6 +129,7 @@ class LocalEngine:
         result.first_token_s = result.first_token_s or now
         result.token_ids.append(output.token)
         result.token_times_s.append(now)
+        result.cached_tokens += output.cached
         if output.logprob is not None:
             result.logprobs.append(output.logprob)
         if output.finish_reason:

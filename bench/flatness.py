@@ -1,0 +1,284 @@
+"""How even the stream of 8 answers stays while a prompt of 4,096 tokens enters beside them: `python -m bench.flatness`.
+
+Chunked prefill trades the newcomer's first token against the others' pauses; the budget of a step sets the rate. Each policy gets
+the same work in the same process. A policy is a function of the steps so far, so that one that the engine doesn't have yet can be
+tried: `within` chooses the chunk from the time that chunks have taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bench import models, plot
+from bench.harness import HERE, Row, Table, versions, write
+from bench.long_context import WINDOW
+from cluster.settings import EngineSettings
+from cluster.types import Sampling
+from deployments.engine.batch import Batch
+from deployments.engine.engine import Engine, Execute, Request
+from deployments.engine.local import LocalEngine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LONG = -1
+"""The long prompt's request; the decoders' count from 0."""
+LARGEST, SMALLEST = 1024, 16
+"""Between them `within` chooses the tokens of a chunk."""
+STEPS_AROUND = 24
+"""Steps of the decoders alone, before the prompt comes and after it is in."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a policy may know of a step that was taken."""
+
+    seconds: float
+    decoders: int
+    prompt_tokens: int
+
+
+Policy = Callable[[Sequence[Step], int], int]
+"""From the steps taken and the number of decoders to the budget of the next step, in tokens."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Between two tokens of one decoder, in seconds; `ended_s` is the clock at the second."""
+
+    request: int
+    ended_s: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One policy. Gaps are those between the long prompt's arrival and its first token; `alone_*` are without the other."""
+
+    model: str
+    policy: str
+    decoders: int
+    alone_gap_p50_ms: float
+    gap_p50_ms: float
+    gap_p99_ms: float
+    gap_max_ms: float
+    first_token_ms: float
+    alone_first_token_ms: float
+    tokens_per_s: float
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = _arguments(argv)
+    work = Work(prompt_tokens=options.prompt_tokens)
+    measured: list[Measurement] = []
+    for model in options.models:
+        gaps = {}
+        with LocalEngine(
+            models.directory(model, context=WINDOW), dtype="bfloat16", settings=work.settings, blocks=work.num_blocks
+        ) as local:
+            for name, policy in policies(work.prompt_tokens, work.decoders, options.target_ms / 1e3).items():
+                measurement, gaps[name] = measure(local.shard.execute, name, policy, work, model)
+                measured.append(measurement)
+                print(f"{model}, {name}: p99 {measurement.gap_p99_ms:.0f} ms", file=sys.stderr)
+        if not options.dry_run:
+            draw(HERE / "results" / f"flatness-{model}.svg", model, gaps)
+    shown = table(measured, work.prompt_tokens)
+    shown.show()
+    if not options.dry_run:
+        command = shlex.join(["python", "-m", "bench.flatness", *sys.argv[1:]])
+        unit = "milliseconds, p99 between two tokens of a decoder while the long prompt enters"
+        more: dict[str, Any] = {"unit": unit, "work": asdict(work), "measurements": [asdict(m) for m in measured]}
+        print(write("flatness", rows(measured), shown, command=command, found=versions(["torch", "transformers"]), **more))
+
+
+def fixed(budget: int) -> Policy:
+    """What `engine.max_batch_tokens` does."""
+    return lambda steps, decoders: budget
+
+
+def within(target_s: float) -> Policy:
+    """As many tokens of the prompt as keep a step within `target_s`, or within twice a step of the decoders alone where that is
+    more: by what a token took in the last step that had some. Without decoders, `LARGEST`."""
+
+    def budget(steps: Sequence[Step], decoders: int) -> int:
+        if not decoders:
+            return LARGEST
+        mixed = next((step for step in reversed(steps) if step.prompt_tokens and step.decoders), None)
+        alone = [step.seconds for step in steps[-64:] if not step.prompt_tokens and step.decoders]
+        decode_s = float(np.median(alone)) if alone else 0.0
+        if mixed is None:
+            return decoders + 4 * SMALLEST
+        per_token_s = max(1e-9, (mixed.seconds - decode_s) / mixed.prompt_tokens)
+        fitting = int((max(target_s, 2 * decode_s) - decode_s) / per_token_s)
+        return decoders + min(max(fitting, SMALLEST), LARGEST, 2 * mixed.prompt_tokens)
+
+    return budget
+
+
+def policies(prompt_tokens: int, decoders: int, target_s: float) -> dict[str, Policy]:
+    whole = prompt_tokens + decoders
+    known = {f"{budget} tokens": fixed(budget) for budget in (64, 256, 1024)}
+    return known | {"whole prompt": fixed(whole), f"within {target_s * 1e3:.0f} ms": within(target_s)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Decoders that have `context` tokens behind them, and a prompt that comes."""
+
+    decoders: int = 8
+    context: int = 128
+    prompt_tokens: int = 4096
+
+    def prompt(self, number: int, vocab_size: int) -> list[int]:
+        length = self.prompt_tokens if number == LONG else self.context
+        numbers = random.Random(number)
+        return [numbers.randrange(3, vocab_size) for _ in range(length)]
+
+    @property
+    def most_output(self) -> int:
+        """A decoder never ends while the prompt enters, however small its chunks."""
+        return self.prompt_tokens
+
+    @property
+    def settings(self) -> EngineSettings:
+        most = self.prompt_tokens + self.decoders * (self.context + 1)
+        return EngineSettings(max_sequences=self.decoders + 1, max_batch_tokens=most, prefix_cache=False)
+
+    @property
+    def num_blocks(self) -> int:
+        """All that could be wanted at once: nothing is preempted."""
+        longest = [self.prompt_tokens + 1] + [self.context + self.most_output] * self.decoders
+        return sum(-(-tokens // self.settings.block_size) for tokens in longest)
+
+
+class Trial:
+    """An engine under a policy; notes what each step held, and when each request got its tokens."""
+
+    def __init__(self, execute: Execute, policy: Policy, work: Work) -> None:
+        self._execute, self._policy = execute, policy
+        self.engine = Engine.of(self._watch, work.num_blocks, work.settings)
+        self._prompt_tokens = 0
+        self._last: dict[int, float] = {}  # of every request that decodes
+        self.steps: list[Step] = []
+        self.gaps: list[Gap] = []
+
+    def add(self, number: int, prompt: list[int], max_tokens: int) -> None:
+        sampling = Sampling(temperature=0.0, ignore_eos=True)
+        self.engine.add(Request(number, prompt, sampling, max_tokens, stop_ids=[], seed=0))
+
+    def become(self, policy: Policy) -> None:
+        """From now on under another policy, which sees some steps of the decoders alone first."""
+        self._policy = policy
+        self.steps.clear()
+        for _ in range(STEPS_AROUND):
+            self.step()
+
+    def step(self) -> set[int]:
+        """The requests that got a token."""
+        decoders = len(self._last)
+        self.engine.scheduler.max_batch_tokens = self._policy(self.steps, decoders)
+        began = time.perf_counter()
+        outputs = self.engine.step()
+        now = time.perf_counter()
+        self.steps.append(Step(now - began, decoders, self._prompt_tokens))
+        for output in outputs:
+            if output.request_id in self._last:
+                self.gaps.append(Gap(output.request_id, now, now - self._last[output.request_id]))
+            self._last[output.request_id] = now
+            if output.finish_reason:
+                del self._last[output.request_id]
+        return {output.request_id for output in outputs}
+
+    def until(self, request: int) -> float:
+        """Steps until a request gets a token; the seconds that it took."""
+        began = time.perf_counter()
+        while request not in self.step():
+            pass
+        return time.perf_counter() - began
+
+    def _watch(self, batch: Batch) -> Tensor:
+        self._prompt_tokens = int(batch.counts[batch.counts > 1].sum())
+        return self._execute(batch)
+
+
+def measure(execute: Execute, name: str, policy: Policy, work: Work, model: str) -> tuple[Measurement, list[Gap]]:
+    """The long prompt alone, then beside the decoders. The gaps count from its arrival."""
+    vocab_size = models.MODELS[model]["vocab_size"]
+    alone = Trial(execute, policy, work)
+    alone.add(LONG, work.prompt(LONG, vocab_size), max_tokens=1)
+    alone_s = alone.until(LONG)
+    trial = Trial(execute, fixed(work.settings.max_batch_tokens), work)
+    for number in range(work.decoders):
+        trial.add(number, work.prompt(number, vocab_size), max_tokens=work.most_output)
+    trial.step()
+    trial.become(policy)
+    trial.add(LONG, work.prompt(LONG, vocab_size), max_tokens=1)
+    arrived = time.perf_counter()
+    first_s = trial.until(LONG)
+    for _ in range(STEPS_AROUND):
+        trial.step()
+    gaps = [Gap(gap.request, gap.ended_s - arrived, gap.seconds) for gap in trial.gaps]
+    return summarise(gaps, name, model, work.decoders, first_s, alone_s), gaps
+
+
+def summarise(gaps: Sequence[Gap], policy: str, model: str, decoders: int, first_s: float, alone_s: float) -> Measurement:
+    before, beside = ([g.seconds * 1e3 for g in gaps if low < g.ended_s <= high] for low, high in ((-np.inf, 0), (0, first_s)))
+    return Measurement(
+        model=model,
+        policy=policy,
+        decoders=decoders,
+        alone_gap_p50_ms=float(np.percentile(before, 50)),
+        gap_p50_ms=float(np.percentile(beside, 50)),
+        gap_p99_ms=float(np.percentile(beside, 99)),
+        gap_max_ms=max(beside),
+        first_token_ms=first_s * 1e3,
+        alone_first_token_ms=alone_s * 1e3,
+        tokens_per_s=len(beside) / first_s,
+    )
+
+
+def draw(path: Path, model: str, gaps: Mapping[str, Sequence[Gap]]) -> None:
+    """One decoder's gaps under each policy: the others get their tokens in the same steps."""
+    series = {name: [(gap.ended_s, gap.seconds * 1e3) for gap in some if gap.request == 0] for name, some in gaps.items()}
+    title = f"Time between tokens of a decoder; a long prompt arrives at 0 (model {model})"
+    plot.lines(path, title, "seconds", "milliseconds since the token before", series, log_y=True)
+
+
+def rows(measured: Sequence[Measurement]) -> list[Row]:
+    """Policies of one engine, so that there is no peer."""
+    return [Row(f"{m.model}: {m.policy}", m.decoders, 1, round(m.gap_p99_ms, 3), None, None, None) for m in measured]
+
+
+def table(measured: Sequence[Measurement], prompt_tokens: int) -> Table:
+    lines = []
+    for m in measured:
+        gaps = (m.alone_gap_p50_ms, m.gap_p50_ms, m.gap_p99_ms, m.gap_max_ms)
+        first = (m.first_token_ms, m.alone_first_token_ms)
+        lines.append([m.model, m.policy, *(f"{ms:.0f}" for ms in (*gaps, *first)), f"{m.tokens_per_s:.0f}"])
+    columns = ["model", "budget of a step", "gap before", "p50 beside", "p99", "max", "first token", "alone", "tokens/s beside"]
+    decoders = ", ".join(map(str, sorted({m.decoders for m in measured})))
+    title = f"Milliseconds between tokens of {decoders} decoders while a prompt of {prompt_tokens:,} tokens enters, bfloat16"
+    return Table(title, columns, lines)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.flatness", description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["S"], choices=list(models.MODELS))
+    parser.add_argument("--prompt-tokens", type=int, default=4096)
+    parser.add_argument("--target-ms", type=float, default=50.0, help="of a step, for the policy that goes by time")
+    parser.add_argument("--dry-run", action="store_true", help="show the table and write nothing")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

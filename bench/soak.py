@@ -1,0 +1,330 @@
+"""Thousands of requests of every kind through one engine, and nothing of them left: `python -m bench.soak`.
+
+Random lengths, sampling parameters, choices and tenants on a tiny model whose KV cache is far too small for them, and callers that
+hang up at every moment. Whatever is wrong ends the run with an AssertionError: an answer too many or too few, one that differs from
+the answer to the same request before, a block that isn't given back, a request or sequence that is still in memory. Growing memory
+ends the program with an error. The loop has no clock in it, so that one seed gives one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import takewhile
+from pathlib import Path
+
+from bench import plot
+from bench.engines import rss_bytes, tree
+from bench.harness import HERE, Row, Table, versions, write
+from bench.slope import Slope, slope
+from bench.soak_requests import NUM_KNOWN, Leaves, Plan, plans
+from cluster.settings import EngineSettings
+from deployments.engine.engine import Engine, Output, Request
+from deployments.engine.local import LocalEngine
+from deployments.engine.sequence import Sequence as EngineSequence
+
+MOST_MB_PER_MINUTE = 1.0
+WARM_UP = 0.25
+"""Share of the time before memory is watched: by then every shape of batch has been seen."""
+SAMPLE_S, LEAST_SAMPLES, SHOWN_SAMPLES = 0.25, 240, 200
+IN_FLIGHT = 40
+CHECK_STEPS = 50
+ROUND = 1000
+"""Requests until the engine is let run empty once."""
+NUM_BLOCKS = 80
+SETTINGS = EngineSettings(block_size=4, max_sequences=16, max_batch_tokens=64)
+
+
+@dataclass(slots=True)
+class Open:
+    """A request in the engine: what it has answered, the choices that go on, and whether its caller is still to hang up."""
+
+    plan: Plan
+    tokens: list[list[int]]
+    going_on: set[int]
+    leaves: Leaves | None
+
+    @classmethod
+    def of(cls, plan: Plan) -> Open:
+        n = plan.request.sampling.n
+        return cls(plan, [[] for _ in range(n)], set(range(n)), plan.leaves)
+
+    def would_leave(self, in_prompt: bool | None) -> bool:
+        """Whether now is the moment. `in_prompt` is None while none of its sequences runs."""
+        longest = max(map(len, self.tokens))
+        match self.leaves:
+            case "while waiting":
+                return in_prompt is None and longest == 0
+            case "in the prompt":
+                return bool(in_prompt) and longest == 0
+            case "after the first token":
+                return longest == 1
+            case "one choice":
+                return longest >= 1 and len(self.tokens) > 1
+        return longest >= 5
+
+
+@dataclass
+class Soak:
+    """Keeps `IN_FLIGHT` requests in an engine, takes their answers, hangs up where the plan says so, and checks all the time."""
+
+    engine: Engine
+    requests: Iterator[Plan]
+    held: Callable[[], tuple[int, int]] = field(default=lambda: retained())
+    added: int = 0
+    answered: int = 0
+    hung_up: int = 0  # requests of which nothing went on after an abort
+    left: Counter[Leaves] = field(default_factory=Counter)
+    repeated: int = 0  # choices whose answer was known before
+    cut_off: int = 0  # choices that were aborted
+    output_tokens: int = 0
+    integrity_checks: int = 0
+    _open: dict[int, Open] = field(default_factory=dict)
+    _known: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    _round_ends: int = 0
+    _held_before: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        self._held_before = self.held()
+
+    @property
+    def ended(self) -> int:
+        return self.answered + self.hung_up
+
+    def run(self, after_step: Callable[[], None]) -> None:
+        steps = 0
+        while self._admit():
+            for output in self.engine.step():
+                self._take(output)
+            self._hang_up()
+            steps += 1
+            if steps % CHECK_STEPS == 0:
+                self.engine.scheduler.check_integrity()
+                self.integrity_checks += 1
+            after_step()
+        assert self.ended == self.added, f"{self.added} requests, {self.ended} ends"
+
+    def _admit(self) -> bool:
+        """Fill up, and let everything end between two rounds. Whether there is anything to do."""
+        if not self._open:
+            self._check_idle()
+            self._round_ends = self.added + ROUND
+        while len(self._open) < IN_FLIGHT and self.added < self._round_ends and (plan := next(self.requests, None)):
+            self.engine.add(plan.request)
+            self._open[plan.request.id] = Open.of(plan)
+            self.added += 1
+        return bool(self._open)
+
+    def _take(self, output: Output) -> None:
+        number, request = output.request_id, self._open.get(output.request_id)
+        assert request, f"request {number} got a token after its end"
+        assert output.index in request.going_on, f"choice {output.index} of request {number} got a token after its end"
+        tokens = request.tokens[output.index]
+        tokens.append(output.token)
+        self.output_tokens += 1
+        if output.finish_reason:
+            self._check_end(request, output)
+            request.going_on.discard(output.index)
+        if not request.going_on:
+            del self._open[number]
+            self.answered += 1
+
+    def _check_end(self, request: Open, output: Output) -> None:
+        wanted, tokens = request.plan.request, request.tokens[output.index]
+        stopped = output.finish_reason == "stop"
+        assert stopped or len(tokens) == wanted.max_tokens, f"request {wanted.id} ended after {len(tokens)} tokens"
+        assert stopped == (output.token in wanted.stop_ids and len(tokens) > wanted.sampling.min_tokens), "ended for another reason"
+        if request.plan.known is not None:
+            first = self._known.setdefault((request.plan.known, output.index), tokens)
+            assert tokens == first, f"request {wanted.id} has another answer than before"
+            self.repeated += tokens is not first
+
+    def _hang_up(self) -> None:
+        leaving = {number: request for number, request in self._open.items() if request.leaves}
+        in_prompt = {sequence.request_id: sequence.in_prompt for sequence in self.engine.scheduler.running} if leaving else {}
+        for number, request in leaving.items():
+            if request.would_leave(in_prompt.get(number)):
+                self._cut_off(number, request)
+
+    def _cut_off(self, number: int, request: Open) -> None:
+        assert request.leaves
+        one = max(request.going_on) if request.leaves == "one choice" else None
+        cut = set(request.going_on) if one is None else {one}
+        self.engine.abort(number, one)
+        self.left[request.leaves] += 1
+        self.cut_off += len(cut)
+        request.going_on -= cut
+        request.leaves = None
+        if not request.going_on:
+            del self._open[number]
+            self.hung_up += 1
+
+    def _check_idle(self) -> None:
+        """Between rounds nothing is held, and the engine's own counts are ours."""
+        self.engine.scheduler.check_integrity()
+        self.integrity_checks += 1
+        stats = self.engine.stats()
+        assert not self.engine.has_work, f"{stats.running} sequences run and {stats.waiting} wait for nobody"
+        assert stats.blocks_used == 0, f"{stats.blocks_used} blocks leaked"
+        assert (stats.output_tokens, stats.aborted) == (self.output_tokens, self.cut_off), "the engine counts something else"
+        requests, sequences = (now - before for now, before in zip(self.held(), self._held_before, strict=True))
+        assert sequences <= 0, f"{sequences} sequences are still in memory"
+        assert requests <= NUM_KNOWN, f"{requests - NUM_KNOWN} requests are still in memory"
+
+
+def retained() -> tuple[int, int]:
+    """Requests and sequences that anything in this process holds."""
+    gc.collect()
+    kinds = Counter(map(type, gc.get_objects()))
+    return kinds[Request], kinds[EngineSequence]
+
+
+class Memory:
+    """Samples of this process and its children: (seconds, bytes)."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self.samples: list[tuple[float, int]] = []
+
+    def sample(self) -> None:
+        now = time.monotonic() - self._began
+        if not self.samples or now - self.samples[-1][0] >= SAMPLE_S:
+            self.samples.append((now, sum(map(rss_bytes, tree(os.getpid())))))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is told of a soak that passed. `memory`: samples of (seconds, bytes)."""
+
+    requests: int
+    answered: int
+    hung_up: int
+    left: dict[Leaves, int]
+    repeated: int
+    output_tokens: int
+    cached_share: float
+    steps: int
+    preemptions: int
+    integrity_checks: int
+    seconds: float
+    memory: list[tuple[float, int]]
+    slope: Slope | None
+
+
+def soak(
+    local: LocalEngine, count: int, seed: int, longest_s: float = math.inf, show: Callable[[int], None] = lambda ended: None
+) -> Result:
+    """`count` requests, or as many as enter in `longest_s`. Raises AssertionError for whatever is wrong; the slope is for the
+    caller to judge, None for a run too short to have one."""
+    drawn = plans(seed, count, vocab_size=local.info.vocab_size, max_model_len=local.info.max_model_len)
+    memory, began = Memory(), time.monotonic()
+    run = Soak(local.engine, takewhile(lambda _: time.monotonic() - began < longest_s, drawn))
+
+    def after_step() -> None:
+        memory.sample()
+        show(run.ended)
+
+    run.run(after_step)
+    seconds, stats = time.monotonic() - began, local.engine.stats()
+    warm = memory.samples[int(len(memory.samples) * WARM_UP) :]
+    return Result(
+        requests=run.ended,
+        answered=run.answered,
+        hung_up=run.hung_up,
+        left=dict(run.left),
+        repeated=run.repeated,
+        output_tokens=run.output_tokens,
+        cached_share=stats.cached_tokens / max(1, stats.prompt_tokens),
+        steps=stats.steps,
+        preemptions=stats.preemptions,
+        integrity_checks=run.integrity_checks,
+        seconds=seconds,
+        memory=memory.samples,
+        slope=slope(warm) if len(warm) >= LEAST_SAMPLES else None,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = _arguments(argv)
+    with tiny_engine(options.tp) as local, progress(options.requests) as show:
+        result = soak(local, options.requests, options.seed, options.minutes * 60, show)
+    shown = table(result, options.tp)
+    shown.show()
+    if not options.dry_run:
+        name = "soak" if options.tp == 1 else f"soak_tp{options.tp}"
+        command = shlex.join(["python", "-m", "bench.soak", *sys.argv[1:]])
+        rows = [Row("tiny Llama", IN_FLIGHT, options.tp, round(result.requests / result.seconds, 3), None, None, None)]
+        found = versions(["torch", "transformers", "deepspeed"])
+        result = replace(result, memory=result.memory[:: max(1, len(result.memory) // SHOWN_SAMPLES)])
+        draw(HERE / "results" / f"{name}.svg", result)
+        print(write(name, rows, shown, command=command, found=found, unit="requests per second", result=asdict(result)))
+    if result.slope and result.slope.mb_per_minute >= MOST_MB_PER_MINUTE:
+        sys.exit(f"memory grows: {result.slope}")
+
+
+@contextmanager
+def tiny_engine(tp: int) -> Iterator[LocalEngine]:
+    """A Llama of two layers in float32, with random weights."""
+    from tests.deployments.engine.families import build
+
+    with tempfile.TemporaryDirectory(prefix="mmaas-") as directory:
+        settings = SETTINGS.model_copy(update={"threads": 1, "shared_memory": False})
+        with LocalEngine(build("llama", Path(directory)), tp=tp, settings=settings, blocks=NUM_BLOCKS) as local:
+            yield local
+
+
+@contextmanager
+def progress(count: int) -> Iterator[Callable[[int], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("soak", total=count)
+        yield lambda ended: bar.update(task, completed=ended)
+
+
+def draw(path: Path, result: Result) -> Path:
+    points = [(seconds, size / 1e6) for seconds, size in result.memory]
+    return plot.lines(path, f"Memory of a soak of {result.requests} requests", "seconds", "MB", {"resident": points})
+
+
+def table(result: Result, tp: int) -> Table:
+    moments = ", ".join(f"{count} {leaves}" for leaves, count in sorted(result.left.items()))
+    per_second = f"{result.requests / result.seconds:.0f} requests, {result.output_tokens / result.seconds:.0f} tokens"
+    lines = [
+        ["requests", f"{result.requests}: {result.answered} answered, {result.hung_up} cut off"],
+        ["callers that left", moments],
+        ["each second", f"{per_second} ({result.seconds:.0f} seconds in all)"],
+        ["steps, preemptions", f"{result.steps}, {result.preemptions}"],
+        ["prompt tokens from the prefix cache", f"{result.cached_share:.0%}"],
+        ["choices that repeated an answer, all alike", str(result.repeated)],
+        ["checks of every block", str(result.integrity_checks)],
+        ["leaked blocks, retained sequences", "0, 0"],
+        ["memory after warm-up", "too short a run" if result.slope is None else str(result.slope)],
+        ["peak of memory", f"{max(size for _, size in result.memory) / 1e6:.0f} MB"],
+    ]
+    return Table(f"Soak on a tiny model, tp={tp}", ["what", "seen"], lines)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no request enters later than that")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dry-run", action="store_true", help="show the table and write nothing")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
