@@ -50,12 +50,6 @@ def num_blocks(model: ModelInfo, settings: EngineSettings) -> int:
     return min(blocks, longest * settings.max_sequences)  # more could never be used at once
 
 
-def uses_shared_memory(spec: ShardSpec) -> bool:
-    """A rank that spins needs a core of its own, and one more for everybody else."""
-    asked = spec.settings.shared_memory
-    return asked if asked is not None else (os.cpu_count() or 1) > spec.rendezvous.size
-
-
 class Shard:
     """A loaded rank."""
 
@@ -72,7 +66,7 @@ class Shard:
         self.group: Group | None = None
         model = load_model(spec.directory, spec.model.dtype)
         if spec.rendezvous.size > 1:
-            self.group = Group(spec.rendezvous, shared_memory=uses_shared_memory(spec))
+            self.group = Group(spec.rendezvous, native=spec.settings.cache if spec.settings.shared_memory else None)
             model = self.group.shard(model, DTYPES[spec.model.dtype])
         self.runner = Runner(model, KvCache(spec.num_blocks, spec.settings.block_size))
         self.runner.check()

@@ -10,8 +10,9 @@
 // Numbers wrap after 2^32 rounds; ranks are never more than two apart, so the sign of a difference tells who is ahead.
 //
 // A rank that waits spins for some microseconds, offers its core to others a few times, then sleeps on a futex: a machine may have
-// no core to spare. It counts itself in `sleepers` before it looks for the last time, and the poster posts before it looks at
-// `sleepers` (both sequentially consistent), so one of them always sees the other. The kernel compares the number once more.
+// no core to spare. If the one it waits for was last on the same core, spinning would only keep it from coming. Who sleeps counts
+// itself in `sleepers` before it looks for the last time, and the poster posts before it looks at `sleepers` (both sequentially
+// consistent), so one of them always sees the other. The kernel compares the number once more.
 //
 // A rank's life is a lock on its own byte of the segment. The kernel releases it when the process ends, however it ends.
 
@@ -37,6 +38,7 @@ namespace {
 constexpr size_t LINE = 128;        // two cache lines: processors fetch them in pairs
 constexpr int64_t CHUNK = 1 << 18;  // bytes of a slot: stays in the second-level cache between writer and reader
 constexpr int64_t BLOCK = 512;      // numbers summed at a time, in the first-level cache
+constexpr int64_t SHARE_FROM = 1 << 15;  // numbers from which three ranks and more don't all sum everything; measured
 constexpr int MAX_RANKS = 64;
 constexpr int64_t SPIN_NS = 40'000;
 constexpr int YIELDS = 8;
@@ -46,6 +48,7 @@ struct alignas(LINE) Seat {
     std::atomic<uint32_t> posted;    // the last round that this rank has begun; only it writes here
     std::atomic<uint32_t> sleepers;  // ranks that wait for `posted` in the kernel
     std::atomic<uint32_t> taken;
+    std::atomic<int> core;  // where the rank was when it posted
 };
 
 struct alignas(LINE) Board {
@@ -134,7 +137,7 @@ int end_meeting(Meeting& meeting, MeetingResult why, int missing) {
 }
 
 bool spin(const Meeting& meeting, const Seat& seat, uint32_t round) {
-    if (meeting.spin_ns) {
+    if (meeting.spin_ns && seat.core.load(std::memory_order_relaxed) != sched_getcpu()) {
         for (int64_t end = now_ns() + meeting.spin_ns; now_ns() < end;)
             for (int i = 0; i < 16; ++i) {
                 if (reached(seat, round)) return true;
@@ -185,6 +188,7 @@ int begin_writing(Meeting& meeting, Deadline& deadline) {
 }
 
 void post(Meeting& meeting) {
+    meeting.mine().core.store(sched_getcpu(), std::memory_order_relaxed);
     meeting.mine().posted.store(meeting.round);
     if (meeting.mine().sleepers.load()) futex_wake(meeting.mine().posted);
 }
@@ -274,7 +278,7 @@ int all_reduce(Meeting& meeting, Number* data, int64_t count, double timeout_s) 
     const int64_t most = CHUNK / static_cast<int64_t>(sizeof(Number));
     for (int64_t start = 0; start < count; start += most) {
         const int64_t some = std::min(most, count - start);
-        auto reduce = meeting.size > 2 && some * meeting.size >= 1 << 30 ? reduce_shared<Number> : reduce_direct<Number>;
+        auto reduce = meeting.size > 2 && some >= SHARE_FROM ? reduce_shared<Number> : reduce_direct<Number>;
         if (int failure = reduce(meeting, data + start, some, deadline)) return failure;
     }
     return MEETING_OK;
