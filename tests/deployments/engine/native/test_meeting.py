@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cluster.errors import ReplicaLost
 from deployments.engine.native import build
-from deployments.engine.native.meeting import Meeting, Place
+from deployments.engine.native.meeting import Meeting
 from tests.deployments.engine.native.meeting_ranks import Ranks
 
 pytestmark = pytest.mark.timeout(240)
@@ -200,15 +200,17 @@ def test_rank_that_waits_sleeps(three: Ranks) -> None:
     assert max(three.run(cpu_of_idle_wait, 2.0)) < 0.2
 
 
-def test_processes_that_end_leave_nothing_behind(cache: Path) -> None:
-    before = sorted(Path("/dev/shm").iterdir())
-    with Ranks(cache, 2) as ranks:
-        assert ranks.run(summed, 10, torch.float32)
-        found = Path(f"/proc/{ranks.place.pid}/fd/{ranks.place.fd}").stat()
-        assert stat.S_IMODE(found.st_mode) == 0o600
-        assert found.st_uid == os.getuid()
-        assert sorted(Path("/dev/shm").iterdir()) == before
-    assert sorted(Path("/dev/shm").iterdir()) == before
+def maps(_: Meeting) -> str:
+    return Path("/proc/self/maps").read_text()
+
+
+def test_segment_has_no_name_and_is_for_its_owner_alone(three: Ranks) -> None:
+    for mapped in three.run(maps):
+        assert "/memfd:mmaas-meeting (deleted)" in mapped
+        assert "/dev/shm/" not in mapped
+    found = Path(f"/proc/{three.place.pid}/fd/{three.place.fd}").stat()
+    assert stat.S_IMODE(found.st_mode) == 0o600
+    assert found.st_uid == os.getuid()
 
 
 def sum_of_ones(meeting: Meeting) -> float:
