@@ -19,7 +19,7 @@ OPERATORS = {
 COUNTERS = {
     REDUCE: ("reduce",),
     ATTENTION: ("attention", "attn"),
-    LINEAR: ("linear", "qkv", "proj", "gate", "up", "down", "mlp", "head", "matmul", "gemm"),
+    LINEAR: ("linear", "qkv", "proj", "gate", "up", "down", "mlp", "head", "matmul", "gemm", "logits"),
 }
 """Words in the names of a runner's own counters; the first part that has one gets it."""
 

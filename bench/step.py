@@ -1,7 +1,7 @@
 """What one step of the engine costs outside the model, in microseconds: `python -m bench.step`.
 
 Rank 0's own work around a model that takes no time: schedule and build the batch, and afterwards commit, sample greedily and
-deliver; with a second rank also pack the batch and bring it to another process over gloo. Medians over the steps, for steps that
+deliver; with a second rank also pack the batch and bring it to another process. Medians over the steps, for steps that
 only decode and for steps that compute a piece of a prompt beside it.
 """
 
@@ -184,7 +184,7 @@ def other_rank() -> Iterator[Broadcast]:
         leader = Rendezvous(f"file://{meeting}/{Path(meeting).name}", 0, 2, timeout_s=60)
         follower = spawn.Process(target=_follow, args=(replace(leader, rank=1), reports), daemon=True)
         follower.start()
-        group = Group(leader, shared_memory=False)
+        group = Group(leader, native=EngineSettings().cache)
         try:
             yield lambda batches: statistics.median(_broadcast(group, batch, arrivals) for batch in batches)
         finally:
@@ -205,7 +205,7 @@ def _follow(rendezvous: Rendezvous, reports: Connection) -> None:
     """The other rank: says when it has each batch. One host's monotonic clock is the same in every process."""
     from deployments.engine.group import Group
 
-    group = Group(rendezvous, shared_memory=False)
+    group = Group(rendezvous, native=EngineSettings().cache)
     while (packed := group.receive()) is not None:
         Batch.unpack(packed)
         reports.send(time.monotonic_ns())

@@ -88,9 +88,8 @@ class EngineSettings(_Section):
     """Compute threads of one rank; None: the machine's cores over the ranks on it."""
     cpus_per_shard: float = Field(default=0.5, ge=0)
     """Logical CPUs that one shard reserves in Ray: below one, so that serving and training fit side by side on a small machine."""
-    shared_memory: bool | None = None
-    """Let the ranks of one host reduce through shared memory (DeepSpeed's kernel, compiled on first use) instead of gloo. Its ranks
-    spin while they wait, so None means: only where the host has more cores than ranks."""
+    shared_memory: bool = True
+    """Let the ranks of one host talk through memory that they share, where it can be compiled on first use; else gloo."""
     native: bool | None = None
     """Run the model through our compiled decoder. None: where the model, the machine and a proof at load allow it, else through
     torch; true: refuse a model that it can't run; false: never."""

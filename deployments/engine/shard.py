@@ -57,12 +57,6 @@ def num_blocks(model: ModelInfo, settings: EngineSettings) -> int:
     return min(blocks, longest * settings.max_sequences)  # more could never be used at once
 
 
-def uses_shared_memory(spec: ShardSpec) -> bool:
-    """A rank that spins needs a core of its own, and one more for everybody else."""
-    asked = spec.settings.shared_memory
-    return asked if asked is not None else (os.cpu_count() or 1) > spec.rendezvous.size
-
-
 class Shard:
     """A loaded rank."""
 
@@ -81,7 +75,8 @@ class Shard:
             return None
         from deployments.engine.group import Group
 
-        return Group(self.spec.rendezvous, shared_memory=uses_shared_memory(self.spec))
+        settings = self.spec.settings
+        return Group(self.spec.rendezvous, native=settings.cache if settings.shared_memory else None)
 
     def _runner(self) -> Runner | Decoder:
         """Through the compiled decoder where that can be, else through torch."""
@@ -110,7 +105,7 @@ class Shard:
         from deployments.engine.native.proof import Ranks
 
         group = self.group
-        return Ranks(group.rank, group.all_agree, group.all_reduce) if group else Ranks()
+        return Ranks(group.rank, group.all_agree, group.meeting or group.all_reduce) if group else Ranks()
 
     def _checked(self) -> Runner:
         """The model in transformers' own code, cut to this rank's part, with paging proven."""

@@ -50,7 +50,7 @@ def library(directory: Path) -> ctypes.CDLL:
     if not target.exists():
         _build(compiler, target)
     try:
-        return ctypes.CDLL(str(target))
+        return ctypes.CDLL(str(target), use_errno=True)
     except OSError as error:
         raise NativeUnavailable(f"{target} can't be loaded: {error}; remove it to build it again") from error
 

@@ -5,18 +5,18 @@
 #include <atomic>
 #include <chrono>
 #include <new>
-#include <utility>
 #include <vector>
 
 #include "attention.h"
 #include "linear.h"
+#include "meeting.h"
 #include "norm.h"
 #include "team.h"
 
 namespace mmaas {
 
-// Sums `count` numbers over all ranks, in place; anything but 0 breaks the step off.
-using Reduce = int (*)(void* context, float* numbers, int64_t count);
+// Sums `count` numbers over all ranks, in place; anything but 0 breaks the step off. For ranks that share no memory.
+using Reduce = int (*)(float* numbers, int64_t count);
 
 struct Layer {
     Matrix attention_in;   // queries, keys and values, one under the other
@@ -61,8 +61,9 @@ struct Model {
     float logit_scale;
     float logit_softcap;  // 0: none
     int32_t threads;
-    Reduce reduce;  // null: this rank is alone
-    void* reduce_context;
+    void* meeting;     // null: ranks share no memory, or this one is alone
+    double timeout_s;  // of a sum in the meeting
+    Reduce reduce;     // null: there is a meeting, or this rank is alone
 };
 
 // A step's work, as `Batch` has it: S sequences with T new tokens, R rows whose logits are wanted.
@@ -94,7 +95,7 @@ struct Clock {
     }
 };
 
-enum Failure : int { LOST = -1, OUT_OF_MEMORY = -2 };
+constexpr int OUT_OF_MEMORY = -2;  // other failures are what the meeting, or `Reduce`, returned
 
 class AnyDecoder {
   public:
@@ -118,9 +119,9 @@ class Decoder : public AnyDecoder {
         } catch (const std::bad_alloc&) {
             return OUT_OF_MEMORY;
         }
-        failed_ = false;
+        failure_ = 0;
         team_.run([&](int rank) { forward(step, rank); });
-        return failed_ ? LOST : 0;
+        return failure_;
     }
 
   private:
@@ -138,7 +139,7 @@ class Decoder : public AnyDecoder {
     std::vector<Value> input_, queries_, mixed_, gated_;
     std::vector<int64_t> positions_, sequences_;  // T
     std::vector<Tile> tiles_;
-    std::atomic<bool> failed_ = false;
+    std::atomic<int> failure_ = 0;
 
     int64_t group() const { return m_.heads / m_.kv_heads; }
     int64_t projected_width() const { return (m_.heads + 2 * m_.kv_heads) * m_.head_size; }
@@ -196,7 +197,7 @@ class Decoder : public AnyDecoder {
             gate(layer.mlp_in, step.num_tokens, rank);
             meet(rank, LINEAR);
             finish(layer.mlp_out, gated_.data(), layer.mlp_norm, next, step.num_tokens, rank);
-            if (failed_) return;
+            if (failure_) return;
         }
         if (step.num_rows == 0) return;
         last_norm(step, Range::part(step.num_rows, rank, team_.size()));
@@ -207,6 +208,15 @@ class Decoder : public AnyDecoder {
     void meet(int rank, Phase phase) {
         team_.barrier();
         if (rank == 0) clock.count(phase);
+    }
+
+    // Whether other ranks have the rest of the model.
+    bool shared() const { return m_.meeting || m_.reduce; }
+
+    void sum_over_ranks(float* numbers, int64_t count, int rank) {
+        if (rank == 0 && !failure_)
+            failure_ = m_.meeting ? mmaas_meeting_all_reduce(m_.meeting, numbers, count, m_.timeout_s) : m_.reduce(numbers, count);
+        meet(rank, REDUCE);
     }
 
     Range panels(const Matrix& matrix, int rank) const { return Range::part(matrix.num_panels, rank, team_.size()); }
@@ -299,7 +309,7 @@ class Decoder : public AnyDecoder {
 
     // The end of a half layer: product, sum over ranks, its own norm if it has one, into the stream, and the next half's norm.
     void finish(const Matrix& matrix, const Value* x, const float* own_norm, const float* next_norm, int64_t num_rows, int rank) {
-        const bool direct = !m_.reduce && !own_norm;
+        const bool direct = !shared() && !own_norm;
         float* to = direct ? stream_.data() : part_.data();
         multiply<E>(matrix, x, matrix.inputs, num_rows, panels(matrix, rank), [&](int64_t row, int64_t panel, const float* sums) {
             float* out = to + row * m_.hidden + panel * PANEL;
@@ -310,10 +320,7 @@ class Decoder : public AnyDecoder {
             }
         });
         meet(rank, LINEAR);
-        if (m_.reduce) {
-            if (rank == 0 && m_.reduce(m_.reduce_context, part_.data(), num_rows * m_.hidden)) failed_ = true;
-            meet(rank, REDUCE);
-        }
+        if (shared()) sum_over_ranks(part_.data(), num_rows * m_.hidden, rank);
         const Range rows = Range::part(num_rows, rank, team_.size());
         if (!direct) add(own_norm, rows);
         if (next_norm) norm(next_norm, rows);
@@ -342,10 +349,7 @@ class Decoder : public AnyDecoder {
             std::copy_n(sums, count, step.logits + row * m_.vocabulary + panel * PANEL);
         });
         meet(rank, LOGITS);
-        if (m_.reduce && m_.head.inputs < m_.hidden) {
-            if (rank == 0 && m_.reduce(m_.reduce_context, step.logits, step.num_rows * m_.vocabulary)) failed_ = true;
-            meet(rank, REDUCE);
-        }
+        if (shared() && m_.head.inputs < m_.hidden) sum_over_ranks(step.logits, step.num_rows * m_.vocabulary, rank);
         if (m_.logit_scale == 1 && m_.logit_softcap == 0) return;
         const Range part = Range::part(step.num_rows * m_.vocabulary, rank, team_.size());
         for (int64_t i = part.first; i < part.last; ++i) {
@@ -366,10 +370,10 @@ void* mmaas_decoder_new(const mmaas::Model* model) {
 
 int mmaas_decoder_run(void* decoder, const mmaas::Step* step) { return static_cast<mmaas::AnyDecoder*>(decoder)->run(*step); }
 
-// The seconds spent in each phase since the last call, in the order of `Phase`.
+// The seconds spent in each phase since the beginning, in the order of `Phase`.
 void mmaas_decoder_profile(void* decoder, double* seconds) {
-    auto& clock = static_cast<mmaas::AnyDecoder*>(decoder)->clock;
-    for (int phase = 0; phase < mmaas::NUM_PHASES; ++phase) seconds[phase] = std::exchange(clock.seconds[phase], 0.0);
+    const auto& clock = static_cast<mmaas::AnyDecoder*>(decoder)->clock;
+    std::copy_n(clock.seconds, int(mmaas::NUM_PHASES), seconds);
 }
 
 void mmaas_decoder_delete(void* decoder) { delete static_cast<mmaas::AnyDecoder*>(decoder); }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deployments.engine.batch import Batch
 from deployments.engine.native.build import library
 from deployments.engine.native.description import Description, LayerDescription
+from deployments.engine.native.meeting import Meeting
 from deployments.engine.native.packing import PANEL, Arena, CMatrix, interleave, joined, pack, packed_bytes, padded_bias
 
 PHASES = ("embed", "norm", "linear", "rotary", "attention", "reduce", "logits")
@@ -26,7 +27,10 @@ PHASES = ("embed", "norm", "linear", "rotary", "attention", "reduce", "logits")
 AllReduce = Callable[[Tensor], None]
 """Sums a float32 tensor over all ranks, in place."""
 
-_Reduce = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_float), ctypes.c_int64)
+OUT_OF_MEMORY = -2
+"""Of decoder.cpp."""
+
+_Reduce = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_float), ctypes.c_int64)
 _Pointer, _Int, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -51,8 +55,9 @@ class _Model(ctypes.Structure):
         ("head_offset", _Int),
         *[(name, _Float) for name in ("eps", "embedding_scale", "residual_scale", "logit_scale", "logit_softcap")],
         ("threads", ctypes.c_int32),
+        ("meeting", _Pointer),
+        ("timeout_s", ctypes.c_double),
         ("reduce", _Reduce),
-        ("reduce_context", _Pointer),
     ]
 
 
@@ -65,7 +70,7 @@ class _Step(ctypes.Structure):
 
 
 class Decoder:
-    """Owns packed weights, pages and the threads that work on them. `all_reduce` is None for a rank that is alone."""
+    """Owns packed weights, pages and the threads that work on them. `wire` is None for a rank that is alone."""
 
     def __init__(
         self,
@@ -76,11 +81,12 @@ class Decoder:
         threads: int,
         cache: Path,
         rank: int = 0,
-        all_reduce: AllReduce | None = None,
+        wire: Meeting | AllReduce | None = None,
     ) -> None:
         self._library = _declared(library(cache))
         self._model, self._rank = model, rank
-        self._all_reduce = all_reduce
+        self._meeting = wire if isinstance(wire, Meeting) else None
+        self._all_reduce = None if isinstance(wire, Meeting) else wire
         self._failure: BaseException | None = None
         self._kept: list[Any] = []  # what the decoder has addresses of
         self._arena = Arena(_total_bytes(model))
@@ -88,7 +94,7 @@ class Decoder:
         # A page that was never written costs nothing: numpy's zeros are the kernel's.
         self._pages = [np.zeros((2, pages), np.dtype(f"i{model.dtype.itemsize}")) for _ in model.layers]
         self._layers = (_Layer * len(model.layers))(*[self._layer(*pair) for pair in zip(model.layers, self._pages, strict=True)])
-        self._reduce = _Reduce(self._on_reduce) if all_reduce else _Reduce()
+        self._reduce = _Reduce(self._on_reduce) if self._all_reduce else _Reduce()
         described = self._described(block_size, threads)
         if model.head.weight is not model.embeddings:
             _free(model.head)
@@ -103,12 +109,11 @@ class Decoder:
         logits = torch.empty(len(rows), self._model.vocabulary)
         arrays = [array.ctypes.data for array in (tokens, starts, counts, tables, rows)]
         step = _Step(*arrays, len(tokens), len(starts), len(rows), tables.shape[1], logits.data_ptr())
-        if self._library.mmaas_decoder_run(self._handle, ctypes.byref(step)):
-            raise self._failure or MemoryError(f"no memory for a step of {len(tokens)} tokens")
+        self._check(self._library.mmaas_decoder_run(self._handle, ctypes.byref(step)))
         return logits
 
     def profile(self) -> dict[str, float]:
-        """Seconds in each kind of work since the last call."""
+        """Seconds in each kind of work so far."""
         seconds = (ctypes.c_double * len(PHASES))()
         self._library.mmaas_decoder_profile(self._handle, seconds)
         return dict(zip(PHASES, seconds, strict=True))
@@ -126,6 +131,14 @@ class Decoder:
     @property
     def weight_bytes(self) -> int:
         return self._arena.num_bytes + self._model.embeddings.nbytes
+
+    def _check(self, result: int) -> None:
+        if result == OUT_OF_MEMORY:
+            raise MemoryError("no memory for a step of so many tokens; lower engine.max_batch_tokens")
+        if result and self._meeting:
+            self._meeting.check(result)
+        if self._failure:
+            raise self._failure
 
     def _layer(self, layer: LayerDescription, pages: np.ndarray[Any, Any]) -> _Layer:
         qkv = layer.qkv
@@ -177,11 +190,12 @@ class Decoder:
             m.head_offset,
             *[m.eps, m.embedding_scale, m.residual_scale, m.logit_scale, m.logit_softcap],
             threads,
+            self._meeting.handle if self._meeting else None,
+            self._meeting.timeout_s if self._meeting else 0.0,
             self._reduce,
-            None,
         )
 
-    def _on_reduce(self, _: Any, numbers: Any, count: int) -> int:
+    def _on_reduce(self, numbers: Any, count: int) -> int:
         """Called from inside a step, on the thread that called `run`. Raises nothing: an exception can't cross C++."""
         assert self._all_reduce
         try:

@@ -13,6 +13,7 @@ from deployments.engine.batch import Batch
 from deployments.engine.native.build import NativeUnavailable, library
 from deployments.engine.native.decoder import AllReduce, Decoder
 from deployments.engine.native.description import Description, describe
+from deployments.engine.native.meeting import Meeting
 from deployments.engine.runner import TOLERANCE, Runner
 
 BLOCKS = 4
@@ -30,7 +31,7 @@ class Ranks:
 
     rank: int = 0
     all_agree: Callable[[bool], bool] = bool
-    all_reduce: AllReduce | None = None
+    wire: Meeting | AllReduce | None = None
 
 
 def decoder_of(runner: Runner, *, num_blocks: int, max_positions: int, threads: int, cache: Path, ranks: Ranks) -> Decoder:
@@ -56,7 +57,7 @@ def decoder_of(runner: Runner, *, num_blocks: int, max_positions: int, threads: 
         threads=threads,
         cache=cache,
         rank=ranks.rank,
-        all_reduce=ranks.all_reduce,
+        wire=ranks.wire,
     )
     difference = max(_difference(decoder.run(probe), logits) for probe, logits in zip(probes, expected, strict=True))
     if not ranks.all_agree(difference < tolerance):

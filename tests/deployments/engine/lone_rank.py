@@ -31,7 +31,7 @@ def join(rank: int, size: int) -> Any:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed("fake", auto_mpi_discovery=False, verbose=False)
-    return Group(Rendezvous("file:///nowhere", rank, size, 60), shared_memory=False)
+    return Group(Rendezvous("file:///nowhere", rank, size, 60), native=None)
 
 
 def compare(dtype: str, directories: list[Path], group: Any) -> dict[str, Any]:
