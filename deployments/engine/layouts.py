@@ -113,8 +113,8 @@ def activation_bytes(census: Census, load: Load, tp: int) -> int:
     """An upper bound of what one step holds at its widest point.
 
     All the time: the stream (its beginning, before and behind a block, normalised), rotary angles, the mask of a prompt's chunk,
-    and the logits, also in 32 bits. Beside them the larger of the attention (queries and keys while they are rotated, values, answers,
-    one layer's cache read back) and the feed-forward layer.
+    and the logits, also in 32 bits. Beside them the larger of the attention (queries and keys while they are rotated, values,
+    answers, one layer's cache read back) and the feed-forward layer.
     """
     tokens, size, heads, kv_heads = load.batch_tokens, load.element_bytes, census.num_heads // tp, census.num_kv_heads // tp
     stream = tokens * (4 * census.hidden_size + 2 * census.head_dim) * size
