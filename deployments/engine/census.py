@@ -71,12 +71,14 @@ class Census:
         return sum(parameter.size for parameter in self.parameters if ".experts." in parameter.name)
 
     def size_on(self, parameter: Parameter, rank: int, tp: int) -> int:
-        """Elements that a rank holds. A tied output that is cut is a tensor of its own."""
+        """Elements that a rank holds. A tied output is a tensor of its own where it is cut."""
         if parameter.kind == "whole" or tp == 1:
             return 0 if parameter.tied else parameter.size
         dimension = 0 if parameter.kind == "column" else 1
         length = parameter.shape[dimension]
-        return parameter.size // length * _share(length, rank, tp, self.num_kv_heads, by_grain=_by_grain(parameter.name))
+        fused = 2 if ".gate_up_proj." in parameter.name else 1  # two matrices, each dealt out by itself
+        share = fused * _share(length // fused, rank, tp, self.num_kv_heads, by_grain=_by_grain(parameter.name))
+        return 0 if parameter.tied and share == length else parameter.size // length * share
 
 
 def take(path: Path) -> Census:

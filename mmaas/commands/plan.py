@@ -142,7 +142,7 @@ def _table(plan: Plan) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("", "tensor", "pipeline", "nodes", "weights", "KV", "step", "a rank", "of", "replicas"):
+    for heading in ("", "tensor", "stages", "nodes", "weights", "KV", "step", "a rank", "of", "copies"):
         table.add_column(heading, justify="right", no_wrap=True)
     for number, layout in enumerate(plan.fits[:SHOWN]):
         sizes = (layout.weight_bytes, layout.kv_bytes, layout.activation_bytes, layout.rank_bytes, layout.room_bytes)
