@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
-from cluster.types import FinishReason, Sampling
+from cluster.types import FinishReason, Priority, Sampling
 
 
 @dataclass(slots=True, eq=False)
@@ -24,10 +25,14 @@ class Sequence:
     stop_ids: frozenset[int]
     seed: int
     salt: bytes = b""
+    tenant: bytes = b""  # opaque
+    priority: Priority = "interactive"
+    arrival: int = 0  # its number in the scheduler
     leader: Sequence | None = None  # the first choice of the same request: computes the prompt that the others share
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens that were found in the prefix cache
-    blocks: list[int] = field(default_factory=list)
+    num_paid: int = 0  # tokens that its tenant was charged for
+    blocks: array[int] = field(default_factory=lambda: array("i"))
     num_sealed: int = 0  # blocks whose content the pool knows
     digests: list[bytes] = field(default_factory=list)  # of the full blocks' tokens, as far as known
     finish_reason: FinishReason | None = None

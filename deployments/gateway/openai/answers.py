@@ -10,6 +10,7 @@ from cluster import types
 from cluster.types import TokenLogprob, TopLogprob
 
 Finish = Literal["stop", "length"]
+Tier = Literal["default", "flex"]
 
 LEAST_LOGPROB = -9999.0
 """The API's own word for minus infinity, which JSON can't say."""
@@ -74,7 +75,13 @@ class ChatChoice(TypedDict):
     finish_reason: Finish
 
 
-class ChatCompletion(TypedDict):
+class Tiered(TypedDict):
+    """The class of service that was given, for a request that named one."""
+
+    service_tier: NotRequired[Tier]
+
+
+class ChatCompletion(Tiered):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -95,7 +102,7 @@ class ChatChunkChoice(TypedDict):
     finish_reason: Finish | None
 
 
-class ChatChunk(TypedDict):
+class ChatChunk(Tiered):
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
@@ -118,7 +125,7 @@ class TextChoice(TypedDict):
     finish_reason: Finish | None
 
 
-class Completion(TypedDict):
+class Completion(Tiered):
     id: str
     object: Literal["text_completion"]
     created: int
@@ -152,6 +159,10 @@ def usage(spent: types.Usage) -> Usage:
             "rejected_prediction_tokens": 0,
         },
     }
+
+
+def tier(asked: str | None) -> Tiered:
+    return {} if asked is None else {"service_tier": "flex" if asked == "flex" else "default"}
 
 
 def finish(reason: types.FinishReason | None) -> Finish | None:

@@ -40,11 +40,13 @@ class ChatCall:
             messages=tuple(Message(_role(m.role), m.text, m.name) for m in request.messages),
             sampling=request.sampling(max_tokens=max_tokens, logprobs=logprobs),
             open=request.left_open,
+            priority=request.priority,
         )
 
     def whole(self, collected: Collected) -> ChatCompletion:
         spent = collected.usage()
         return {
+            **answers.tier(self.request.service_tier),
             "id": self._id,
             "object": "chat.completion",
             "created": self._created,
@@ -99,6 +101,7 @@ class ChatCall:
 
     def _head(self) -> ChatChunk:
         return {
+            **answers.tier(self.request.service_tier),
             "id": self._id,
             "object": "chat.completion.chunk",
             "created": self._created,

@@ -82,7 +82,7 @@ def test_preempts_the_newest_when_blocks_run_out() -> None:
     scheduler.add(new)
     while not scheduler.num_preemptions:
         advance(scheduler)
-    assert scheduler.running == [old]
+    assert list(scheduler.running) == [old]
     assert list(scheduler.waiting) == [new]
     run(scheduler)
     assert old.num_output == new.num_output == 9
@@ -206,7 +206,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.alive)
     @rule(token=st.integers(0, 2))
     def step(self, token: int) -> None:
-        oldest = self.scheduler.running[0] if self.scheduler.running else None
+        oldest = next(iter(self.scheduler.running), None)
         slices = self.scheduler.schedule()
         assert slices
         assert sum(item.count for item in slices) <= self.scheduler.max_batch_tokens
