@@ -69,7 +69,7 @@ class LLM:
 
     async def generate(self, call: Generate) -> AsyncIterator[Chunk]:
         """Stream one answer. Raises, before the first chunk, InvalidRequest for a prompt that doesn't fit and Overloaded when the
-        queue is full, or becomes full of tenants that have less in it; at any time ReplicaLost. Closing the stream frees what it held."""
+        queue is full, or had to make place in it; at any time ReplicaLost. Closing the stream frees what it held."""
         engine, limits = self._group.engine, self._settings.engine
         is_full = engine.num_streams >= limits.max_sequences + limits.max_queued
         if is_full and not engine.make_place(self._opaque(call.tenant, b"flow"), call.priority):

@@ -21,8 +21,8 @@ OUTPUT = 2.0
 only with batch-mates."""
 CACHED = 0.1
 """Cost of a prompt token from the prefix cache: nothing is computed, but its block is held and every later token attends to it."""
-BATCH_SHARE = 0.05
-"""Part of the service that `batch` gets while `interactive` wants all of it: little, and never nothing."""
+BATCH_PRICE = 19.0
+"""What `batch` pays for what `interactive` gets for 1: it has a twentieth of a model that both could fill."""
 
 Party = TypeVar("Party", bound="Account")
 Key = TypeVar("Key", bound=Hashable)
@@ -34,7 +34,7 @@ def prompt_cost(num_tokens: int, num_cached: int) -> float:
 
 def batch_part(budget: int, interactive: int, batch: int) -> int:
     """Of a step's budget, what `batch` gets of the tokens that it wants: what `interactive` leaves, and at least its share."""
-    return min(batch, max(budget - interactive, int(budget * BATCH_SHARE)))
+    return min(batch, max(budget - interactive, int(budget / (1 + BATCH_PRICE))))
 
 
 def shares(budget: int, wanted: Mapping[Key, int]) -> dict[Key, int]:

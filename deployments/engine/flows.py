@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from cluster.types import Priority
-from deployments.engine.fairness import BATCH_SHARE, OUTPUT, Account, Ledger, prompt_cost
+from deployments.engine.fairness import BATCH_PRICE, OUTPUT, Account, Ledger, prompt_cost
 from deployments.engine.sequence import Sequence
 
 REMEMBERED = 1024
@@ -60,8 +60,8 @@ class Flows:
     """Every sequence that waits, and the account of whoever waits or runs."""
 
     def __init__(self) -> None:
-        self.interactive = Class(1 / (1 - BATCH_SHARE))
-        self.batch = Class(1 / BATCH_SHARE)
+        self.interactive = Class()
+        self.batch = Class(BATCH_PRICE)
         self._classes: Ledger[Class] = Ledger()
 
     def __len__(self) -> int:
@@ -92,6 +92,7 @@ class Flows:
 
     def start(self, sequence: Sequence, flow: Flow) -> None:
         """It runs from now on. Its prompt is paid at once, so that a flow can't take all places before its counter moves."""
+        sequence.is_guest = flow.service is self.batch and not (self.interactive.num_waiting and self._is_batch_first)
         self._classes.choose()
         flow.service.ledger.choose()
         self._take_out(sequence, flow)
@@ -124,18 +125,22 @@ class Flows:
         """The flows that wait, in the order in which they may take a place."""
         return (flow for service in self._in_order() for flow in service.ledger.order())
 
-    def may_displace(self, flow: Flow, cost: float, other: Flow) -> bool:
-        """Whether `flow`, whose turn it is, may take what a running sequence of `other` holds when both together cost so much:
-        always from a class behind its own; within its class when it stays the one that had less, or else they would go on
-        displacing each other. `batch` waits for `interactive` to end."""
+    def is_entitled(self, flow: Flow) -> bool:
+        """Whether it isn't in the way of a class with a greater claim."""
+        return flow.service is self.interactive or not self.interactive.num_waiting or self._is_batch_first
+
+    def may_displace(self, flow: Flow, cost: float, other: Flow, is_guest: bool) -> bool:
+        """Whether `flow`, whose turn it is, may take what a running sequence of `other` holds when it costs so much, computing that
+        one again included: within a class if `flow` stays the one that had less even then, or else they would go on displacing
+        each other; `interactive` may take the place of a guest, unless `batch` has had less than its share."""
         if flow.service is other.service:
             return flow.served + cost * flow.price < other.served
-        return flow.service is self.interactive
+        return flow.service is self.interactive and is_guest and not self._is_batch_first
 
-    def claim(self, sequence: Sequence, flow: Flow) -> tuple[bool, float, int]:
-        """By which running sequences are preempted, the largest first: the class that is behind, the tenant that had most, the
-        newest."""
-        return flow.service is self._in_order()[-1], flow.served, sequence.arrival
+    def claim(self, sequence: Sequence, flow: Flow) -> tuple[bool, bool, float, int]:
+        """By which running sequences are preempted, the largest first: the class that is behind, and of it guests, the tenant that
+        had most, the newest."""
+        return (flow.service is self.batch) is not self._is_batch_first, sequence.is_guest, flow.served, sequence.arrival
 
     def check_integrity(self, running: Iterable[Flow]) -> None:
         """Raises AssertionError when a count is wrong or an account lost."""
@@ -147,8 +152,12 @@ class Flows:
             assert len(service.idle) <= REMEMBERED, "more idle flows than may be"
             assert all(not flow.waiting and not flow.num_running for flow in service.idle.values()), "an idle flow has work"
 
+    @property
+    def _is_batch_first(self) -> bool:
+        return self.batch.served < self.interactive.served
+
     def _in_order(self) -> list[Class]:
-        return sorted((self.interactive, self.batch), key=lambda service: service.served)
+        return [self.batch, self.interactive] if self._is_batch_first else [self.interactive, self.batch]
 
     def _class(self, priority: Priority) -> Class:
         return self.batch if priority == "batch" else self.interactive

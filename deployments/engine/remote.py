@@ -23,7 +23,6 @@ class _Stream:
     queue: asyncio.Queue[list[Output] | PlatformError]
     unfinished: set[int]  # choices
     is_heard: bool = False  # a token has come
-    is_refused: bool = False
 
 
 class RemoteEngine:
@@ -49,7 +48,7 @@ class RemoteEngine:
 
     @property
     def num_streams(self) -> int:
-        return sum(not stream.is_refused for stream in self._streams.values())
+        return len(self._streams)
 
     @property
     def silence_s(self) -> float:
@@ -74,7 +73,7 @@ class RemoteEngine:
                 stream.unfinished -= {output.index for output in outputs if output.finish_reason}
                 yield outputs
         finally:
-            del self._streams[request.id]
+            self._streams.pop(request.id, None)
             if stream.unfinished:
                 self._send(Abort(request.id))
 
@@ -86,15 +85,16 @@ class RemoteEngine:
     def make_place(self, tenant: bytes, priority: Priority) -> bool:
         """Refuse a request that has no token yet in favour of a newcomer, so that nobody can fill the queue against others; False
         when nobody has to go. `batch` goes before `interactive`, then the newest of the tenant that has most."""
-        streams = [stream for stream in self._streams.values() if not stream.is_refused]
-        held = Counter(stream.request.tenant for stream in streams)
-        silent = [stream for stream in streams if not stream.is_heard and stream.request.priority in ("batch", priority)]
+        held = Counter(stream.request.tenant for stream in self._streams.values())
+        silent = [
+            stream for stream in self._streams.values() if not stream.is_heard and stream.request.priority in ("batch", priority)
+        ]
         behind = [stream for stream in silent if stream.request.priority != priority]
         greedy = [stream for stream in silent if held[stream.request.tenant] > held[tenant] + 1]
         if not (behind or greedy):
             return False
         victim = max(behind or greedy, key=lambda stream: (held[stream.request.tenant], stream.request.id))
-        victim.is_refused = True
+        del self._streams[victim.request.id]
         victim.queue.put_nowait(Overloaded("the queue is full, and others have less in it", retry_after_s=1))
         return True
 

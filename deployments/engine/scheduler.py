@@ -8,9 +8,9 @@ OSDI 2024), fair between tenants (`flows.py`). A step is filled in this order:
     3. unfinished prompts share what is left of the budget, tenant by tenant
 
 When a running sequence needs a block and none is left, another is preempted: its blocks go back, and it will be recomputed, first
-in its flow. The victim is of the class that is behind, of the tenant that has had most, the newest of that tenant's. Whose turn it
-is may also displace running sequences of tenants that have had clearly more (and `interactive` those of `batch`), so that nobody
-waits for the end of another's long answers.
+in its flow. The victim is of class `batch`, unless that had less than its share; of the tenant that has had most; and the newest of
+that tenant's. Whose turn it is may also displace running sequences of tenants that have had clearly more, and `interactive` those of
+`batch` that run in places which nobody wanted, so that nobody waits for the end of another's long answers.
 
 Nothing starves:
 
@@ -136,10 +136,10 @@ class Scheduler:
 
     def _next_turn(self, num_running: int, wanted: dict[Flow, int]) -> tuple[Sequence, Flow] | None:
         """Who gets the next place. While prompts want more than this step has, that is only for tenants that have none under way:
-        the others wait for their own."""
+        the others wait for their own, and `batch` for `interactive`."""
         is_full = num_running + sum(wanted.values()) >= self.max_batch_tokens
         for flow in self.waiting.turns():
-            if is_full and (flow in wanted or len(wanted) >= MAX_SHARES):
+            if is_full and (flow in wanted or len(wanted) >= MAX_SHARES or not self.waiting.is_entitled(flow)):
                 continue
             for sequence in flow.waiting:
                 if not self._should_wait_for_leader(sequence):
@@ -220,7 +220,8 @@ class Scheduler:
 
     def _could_displace(self, sequence: Sequence, flow: Flow) -> bool:
         cost = self.waiting.price(sequence)
-        return any(self.waiting.may_displace(flow, cost, other) for other in set(self.running.values()))
+        others = {(other, running.is_guest) for running, other in self.running.items()}
+        return any(self.waiting.may_displace(flow, cost, other, is_guest) for other, is_guest in others)
 
     def _displace(self, sequence: Sequence, flow: Flow, counts: dict[Sequence, int]) -> bool:
         """Preempt as many as it takes to fit `sequence` in; nobody, and False, when that is too many or not for this flow."""
@@ -231,7 +232,7 @@ class Scheduler:
             if blocks <= 0 and len(self.running) - len(victims) < self.max_sequences:
                 break
             cost += PROMPT * len(victim.tokens)  # to compute it again
-            if not self.waiting.may_displace(flow, cost, self.running[victim]):
+            if not self.waiting.may_displace(flow, cost, self.running[victim], victim.is_guest):
                 return False
             victims.append(victim)
             blocks -= self.pool.num_alone(victim.blocks)

@@ -28,6 +28,7 @@ class Sequence:
     tenant: bytes = b""  # opaque
     priority: Priority = "interactive"
     arrival: int = 0  # its number in the scheduler
+    is_guest: bool = False  # runs in a place that nobody with a better claim wanted
     leader: Sequence | None = None  # the first choice of the same request: computes the prompt that the others share
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens that were found in the prefix cache

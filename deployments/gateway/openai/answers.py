@@ -75,17 +75,12 @@ class ChatChoice(TypedDict):
     finish_reason: Finish
 
 
-class Tiered(TypedDict):
-    """The class of service that was given, for a request that named one."""
-
-    service_tier: NotRequired[Tier]
-
-
-class ChatCompletion(Tiered):
+class ChatCompletion(TypedDict):
     id: str
     object: Literal["chat.completion"]
     created: int
     model: str
+    service_tier: NotRequired[Tier]
     choices: list[ChatChoice]
     usage: Usage
 
@@ -102,11 +97,12 @@ class ChatChunkChoice(TypedDict):
     finish_reason: Finish | None
 
 
-class ChatChunk(Tiered):
+class ChatChunk(TypedDict):
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
+    service_tier: NotRequired[Tier]
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
 
@@ -125,11 +121,12 @@ class TextChoice(TypedDict):
     finish_reason: Finish | None
 
 
-class Completion(Tiered):
+class Completion(TypedDict):
     id: str
     object: Literal["text_completion"]
     created: int
     model: str
+    service_tier: NotRequired[Tier]
     choices: list[TextChoice]
     usage: NotRequired[Usage | None]
 
@@ -159,10 +156,6 @@ def usage(spent: types.Usage) -> Usage:
             "rejected_prediction_tokens": 0,
         },
     }
-
-
-def tier(asked: str | None) -> Tiered:
-    return {} if asked is None else {"service_tier": "flex" if asked == "flex" else "default"}
 
 
 def finish(reason: types.FinishReason | None) -> Finish | None:

@@ -45,8 +45,7 @@ class ChatCall:
 
     def whole(self, collected: Collected) -> ChatCompletion:
         spent = collected.usage()
-        return {
-            **answers.tier(self.request.service_tier),
+        answer: ChatCompletion = {
             "id": self._id,
             "object": "chat.completion",
             "created": self._created,
@@ -62,6 +61,9 @@ class ChatCall:
             ],
             "usage": answers.usage(spent),
         }
+        if tier := self.request.tier_given:
+            answer["service_tier"] = tier
+        return answer
 
     def parts(self, chunk: Chunk) -> list[ChatChunk]:
         """The chunks that say this; the first call opens every choice in index order, which the official client needs."""
@@ -100,14 +102,16 @@ class ChatCall:
         return chunk
 
     def _head(self) -> ChatChunk:
-        return {
-            **answers.tier(self.request.service_tier),
+        head: ChatChunk = {
             "id": self._id,
             "object": "chat.completion.chunk",
             "created": self._created,
             "model": self.model,
             "choices": [],
         }
+        if tier := self.request.tier_given:
+            head["service_tier"] = tier
+        return head
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         if not self.request.logprobs:

@@ -86,14 +86,16 @@ class CompletionCall:
         return chunk
 
     def _head(self) -> Completion:
-        return {
-            **answers.tier(self.request.service_tier),
+        head: Completion = {
             "id": self._id,
             "object": "text_completion",
             "created": self._created,
             "model": self.model,
             "choices": [],
         }
+        if tier := self.request.tier_given:
+            head["service_tier"] = tier
+        return head
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> TextLogprobs | None:
         if self.request.logprobs is None:

@@ -88,6 +88,11 @@ class Sampled(_Bounded):
         return self.n or 1
 
     @property
+    def tier_given(self) -> Literal["default", "flex"] | None:
+        """What the answer says of its class of service: nothing, unless the caller named one."""
+        return "default" if self.service_tier == "auto" else self.service_tier
+
+    @property
     def priority(self) -> Priority:
         return "batch" if self.service_tier == "flex" else "interactive"
 
