@@ -9,8 +9,8 @@ OSDI 2024), fair between tenants (`flows.py`). A step is filled in this order:
 
 When a running sequence needs a block and none is left, another is preempted: its blocks go back, and it will be recomputed, first
 in its flow. The victim is of class `batch`, unless that had less than its share; of the tenant that has had most; and the newest of
-that tenant's. Whose turn it is may also displace running sequences of tenants that have had clearly more, and `interactive` those of
-`batch` that run in places which nobody wanted, so that nobody waits for the end of another's long answers.
+that tenant's. Whose turn it is may also displace running sequences of tenants that have had clearly more, and `interactive` those
+of `batch` that run in places which nobody wanted, so that nobody waits for the end of another's long answers.
 
 Nothing starves:
 

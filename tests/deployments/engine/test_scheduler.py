@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cluster.types import Sampling
+from cluster.types import Priority, Sampling
 from deployments.engine.blocks import BlockPool
 from deployments.engine.scheduler import Scheduler, Slice
 from deployments.engine.sequence import Sequence
@@ -185,11 +185,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.alive: list[Sequence] = []
         self.expected: dict[int, list[int]] = {}
 
-    @rule(prompt=st.lists(st.integers(0, 2), min_size=1, max_size=8), max_tokens=st.integers(1, 4), choices=st.integers(1, 3))
-    def arrive(self, prompt: list[int], max_tokens: int, choices: int) -> None:
+    @rule(
+        prompt=st.lists(st.integers(0, 2), min_size=1, max_size=8),
+        max_tokens=st.integers(1, 4),
+        choices=st.integers(1, 3),
+        tenant=st.sampled_from([b"", b"a", b"b"]),
+        priority=st.sampled_from(["interactive", "interactive", "batch"]),
+    )
+    def arrive(self, prompt: list[int], max_tokens: int, choices: int, tenant: bytes, priority: Priority) -> None:
         leader = None
         for _ in range(choices):
             sequence = make_sequence(prompt, max_tokens, leader=leader)
+            sequence.tenant, sequence.priority = tenant, priority
             leader = leader or sequence
             self.scheduler.add(sequence)
             self.alive.append(sequence)
