@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 PROMPT = 1.0
@@ -82,7 +83,7 @@ class Ledger(Generic[Party]):
 
     def order(self) -> list[Party]:
         """Who waits, the greatest claim first; among equals who waits longest."""
-        return sorted(self._waiting, key=lambda party: party.served)
+        return sorted(self._waiting, key=attrgetter("served"))
 
     def is_level(self, party: Party) -> bool:
         """Whether it would be lifted when it came back: then nothing is lost by forgetting it."""

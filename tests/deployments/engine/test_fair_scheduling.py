@@ -192,6 +192,8 @@ def test_every_step_is_that_of_the_naive_model(steps: list[list[tuple[str, Prior
     scheduler = make_scheduler(num_blocks=1000, prefix_cache=False, max_sequences=slots, max_batch_tokens=budget)
     model, number, numbers = Model(slots, budget), 0, {}
     while scheduler.has_work or steps:
+        assert model.clock < 10_000, "they never end"
+        model.tick()
         for tenant, priority, prompt, output in steps.pop(0) if steps else ():
             sequence = make(tenant, prompt, output, priority)
             numbers[sequence] = number
