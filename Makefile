@@ -9,7 +9,7 @@ RUN := $(VENV)/.run-stamp
 DEV := $(VENV)/.dev-stamp
 LOCK := pyproject.toml constraints.txt
 
-.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token clean help
+.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -52,6 +52,12 @@ bench-step: $(DEV)  ## what a step of the engine costs outside the model
 
 bench-first-token: $(DEV)  ## what HTTP adds to the time to the first token
 	$(BIN)/python -m bench.first_token
+
+bench-speculation: $(DEV)  ## what guessing tokens by prompt lookup brings, and costs
+	$(BIN)/python -m bench.speculation
+
+bench-goodput: $(DEV)  ## requests answered in good time under a real load, beside vllm serve
+	$(BIN)/python -m bench.goodput
 
 clean:  ## remove caches and the virtual environment; data in .mmaas stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,8 @@
 """Output tokens per second of our engine beside others at the same work: `python -m bench.engine`.
 
 64 requests of 128 tokens in and 128 out (16 requests one at a time), greedy, end of sequence ignored, on models S and M. Every
-engine runs alone, in its own process, one after the other; peers that aren't installed are left out and named.
+engine runs alone, in its own process, one after the other; peers that aren't installed are left out and named. What is measured is
+written after every engine: a run that was cut goes on with `--resume`.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import argparse
 import os
 import random
 import shlex
-import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from bench import models
+from bench import bandwidth, models
+from bench.engine_report import BEYOND, plots, ratios, rows, tables
 from bench.engines import Engine, Running, engines
-from bench.harness import Row, Table, compare, write
+from bench.harness import HERE, Spread, write
+from bench.measurement import Measurement, Run, gaps
 
 
 @dataclass(frozen=True)
@@ -37,40 +39,37 @@ class Work:
         return [[numbers.randrange(3, vocab_size) for _ in range(self.prompt_tokens)] for _ in range(count)]
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One engine at one model and concurrency. Times in seconds are medians over the requests."""
-
-    engine: str
-    model: str
-    concurrency: int
-    tp: int
-    ours: bool
-    tokens_per_s: float
-    first_token_s: float
-    per_token_s: float
-    peak_rss_bytes: int
-    load_s: float
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     options = _arguments(argv)
-    chosen = [engine for name, engine in engines().items() if name in options.engines]
-    work = Work(options.requests, min(16, options.requests), options.tokens, options.tokens)
-    measured: list[Measurement] = []
-    found: dict[str, str] = {}
-    left_out: dict[str, str] = {}
-    for model in options.models:
-        for engine in chosen:
-            try:
-                some, versions = measure(engine, model, options.concurrency, work, options.threads)
-            except RuntimeError as error:
-                left_out[f"{engine.name}, {model}"] = str(error)
-                print(f"{engine.name} on {model} is left out: {error}", file=sys.stderr)
-                continue
-            measured += some
-            found |= {package: number for package, number in versions.items() if package not in found}
-    report(measured, found, left_out, options)
+    run = Run.load(HERE / "results" / "engine.json") if options.resume else _new_run(options)
+    for model, name in run.missing:
+        if options.bandwidth:
+            note_bandwidth(run, model)
+        try:
+            add(run, engines()[name], model)
+        except RuntimeError as error:
+            run.left_out[f"{name}, {model}"] = str(error)
+            print(f"{name} on {model} is left out: {error}", file=sys.stderr)
+        if not options.dry_run and run.measurements:
+            report(run)
+    for shown in tables(run):
+        shown.show()
+
+
+def add(run: Run, engine: Engine, model: str) -> None:
+    """Measures one engine on one model. Raises RuntimeError if it can't."""
+    asked = run.options
+    work = Work(asked["requests"], min(16, asked["requests"]), asked["tokens"], asked["tokens"])
+    measured, versions = measure(engine, model, asked["concurrency"], work, asked["threads"])
+    run.measurements += measured
+    run.versions |= {package: number for package, number in versions.items() if package not in run.versions}
+
+
+def note_bandwidth(run: Run, model: str) -> None:
+    """Again before every engine, of which the most counts: who else uses the machine differs from moment to moment."""
+    run.note_bandwidth(BEYOND, bandwidth.measure(bandwidth.BEYOND_CACHES_BYTES, run.options["threads"]))
+    run.note_bandwidth(model, bandwidth.measure(bandwidth.weight_bytes(models.MODELS[model]), run.options["threads"]))
+    print(f"read bandwidth: {run.bandwidth[BEYOND] / 1e9:.1f} GB/s", file=sys.stderr)
 
 
 def measure(
@@ -96,7 +95,7 @@ def summarise(answer: dict[str, Any], engine: Engine, model: str, concurrency: i
     requests = answer["requests"]
     if any(request["num_tokens"] != work.output_tokens for request in requests):
         raise RuntimeError(f"it answered with {sorted({request['num_tokens'] for request in requests})} tokens")
-    between = [(r["finished_s"] - r["first_token_s"]) / max(1, r["num_tokens"] - 1) for r in requests]
+    per_token = [(r["finished_s"] - r["first_token_s"]) / max(1, r["num_tokens"] - 1) for r in requests]
     return Measurement(
         engine=engine.name,
         model=model,
@@ -104,42 +103,23 @@ def summarise(answer: dict[str, Any], engine: Engine, model: str, concurrency: i
         tp=engine.tp,
         ours=engine.ours,
         tokens_per_s=sum(request["num_tokens"] for request in requests) / answer["wall_s"],
-        first_token_s=statistics.median(request["first_token_s"] for request in requests),
-        per_token_s=statistics.median(between),
+        first_token_s=Spread.of([request["first_token_s"] for request in requests]),
+        per_token_s=Spread.of(per_token),
+        gap_s=Spread.of([gap for request in requests for gap in gaps(request["token_times_s"])] or per_token),
         peak_rss_bytes=running.peak_rss_bytes,
         load_s=running.load_s,
     )
 
 
-def rows(measured: Sequence[Measurement]) -> list[Row]:
-    """Each of ours against the best peer at the same model and concurrency."""
-    compared = []
-    for own in (m for m in measured if m.ours):
-        same = [m for m in measured if not m.ours and (m.model, m.concurrency) == (own.model, own.concurrency)]
-        peers = {m.engine: m.tokens_per_s for m in same}
-        compared.append(compare(own.tokens_per_s, peers, model=own.model, concurrency=own.concurrency, tp=own.tp))
-    return [row for row in compared if row is not None]
+def report(run: Run) -> None:
+    shown = tables(run)
+    more = run.state() | {"ratios": ratios(run.measurements)}
+    write("engine", rows(run.measurements), *shown, command=run.command, found=run.versions, plots=plots(run), **more)
 
 
-def table(measured: Sequence[Measurement]) -> Table:
-    """Every measurement, with its share of the fastest at the same work."""
-    lines = []
-    for m in sorted(measured, key=lambda m: (m.model != "S", m.concurrency, -m.tokens_per_s)):
-        best = max(o.tokens_per_s for o in measured if (o.model, o.concurrency) == (m.model, m.concurrency))
-        times = [f"{m.first_token_s * 1e3:.0f}", f"{m.per_token_s * 1e3:.1f}", f"{m.peak_rss_bytes / 2**30:.1f}"]
-        lines.append([m.model, str(m.concurrency), m.engine, f"{m.tokens_per_s:.0f}", f"{m.tokens_per_s / best:.2f}", *times])
-    columns = ["model", "concurrency", "engine", "tokens/s", "of the best", "first token, ms", "per token, ms", "memory, GiB"]
-    return Table("Output tokens per second, bfloat16 (medians over requests)", columns, lines)
-
-
-def report(measured: Sequence[Measurement], found: dict[str, str], left_out: dict[str, str], options: argparse.Namespace) -> None:
-    shown = table(measured)
-    shown.show()
-    if options.dry_run or not measured:
-        return
-    command = shlex.join(["python", "-m", "bench.engine", *sys.argv[1:]])
-    more: dict[str, Any] = {"measurements": [asdict(m) for m in measured], "left_out": left_out}
-    print(write("engine", rows(measured), shown, command=command, found=found, **more))
+def _new_run(options: argparse.Namespace) -> Run:
+    asked = {name: getattr(options, name) for name in ("engines", "models", "concurrency", "requests", "tokens", "threads")}
+    return Run(asked, shlex.join(["python", "-m", "bench.engine", *sys.argv[1:]]))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -150,6 +130,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128, help="tokens in, and tokens out")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--bandwidth", action=argparse.BooleanOptionalAction, default=True, help="measure what memory allows")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that was cut, with its options")
     parser.add_argument("--dry-run", action="store_true", help="show the table and write nothing")
     return parser.parse_args(argv)
 

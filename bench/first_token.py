@@ -13,12 +13,10 @@ import os
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import httpx
@@ -26,8 +24,8 @@ import httpx
 from bench import models
 from bench.engine import Work
 from bench.engines import Running, engines
-from bench.harness import Row, Table, versions, write
-from tests.e2e.platform import RunningPlatform, private_environment
+from bench.harness import Row, Table, percentile, versions, write
+from bench.systems import mmaas
 
 Prompts = list[list[int]]
 Answer = Callable[[Prompts], dict[str, Any]]
@@ -83,11 +81,6 @@ def measure(way: str, answer: Answer, concurrency: int, work: Work) -> Measureme
     return Measurement(way, concurrency, statistics.median(first), percentile(first, 95), tokens / seconds)
 
 
-def percentile(values: Sequence[float], percent: int) -> float:
-    """Between the two nearest values, as numpy does it."""
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
-
-
 @contextmanager
 def engine_alone(output_tokens: int, threads: int, max_concurrency: int) -> Iterator[Answer]:
     engine = engines()["mmaas tp=1"]
@@ -98,23 +91,11 @@ def engine_alone(output_tokens: int, threads: int, max_concurrency: int) -> Iter
 @contextmanager
 def over_http(output_tokens: int, threads: int, max_concurrency: int) -> Iterator[Answer]:
     """A platform of its own, whose engine has the settings that `engine_alone` has."""
-    with tempfile.TemporaryDirectory(prefix="mmaas-") as home:
-        private = private_environment(Path(home) / "home")
-        environment = {name: value for name, value in private.items() if "ENGINE" not in name} | {
-            "MMAAS_ENGINE__KV_CACHE_BYTES": str(2 << 30),
-            "MMAAS_ENGINE__MAX_SEQUENCES": str(max_concurrency),
-            "MMAAS_ENGINE__PREFIX_CACHE": "false",
-            "MMAAS_ENGINE__THREADS": str(threads),
-        }
-        platform = RunningPlatform(environment)
-        try:
-            words = ("up", "--model", str(models.directory(MODEL)), "--name", MODEL.lower(), "--tp", "1", "--dtype", "bfloat16")
-            platform.mmaas(*words, timeout=600)
-            found = platform.quickstart
-            with Caller(found["base_url"], found["api_key"], found["model"], output_tokens) as caller:
-                yield caller.burst
-        finally:
-            platform.mmaas("down")
+    with (
+        mmaas(MODEL, threads=threads, max_sequences=max_concurrency) as endpoint,
+        Caller(endpoint.base_url, endpoint.api_key, endpoint.model, output_tokens) as caller,
+    ):
+        yield caller.burst
 
 
 class Caller:

@@ -1,4 +1,4 @@
-"""What every benchmark shares: which machine and versions, the form of its results, and its table in README.md.
+"""What every benchmark shares: which machine and versions, the form of its results, and its tables and plots in README.md.
 
 A result file is `{"machine", "versions", "command", "date", "rows": [{"ours", "best_peer", "peer", "ratio", ...}]}`; `ratio` is
 ours over the best peer's where more is better and the inverse where less is, so that higher is always better. Where there is
@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from bench.plot import Point, lines
 
 HERE = Path(__file__).resolve().parent
 
@@ -53,6 +56,43 @@ class Table:
         for cells in self.lines:
             table.add_row(*cells)
         Console().print(table)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot of a benchmark, whose `name` tells its file from those of its other plots; the rest is as in `bench.plot.lines`."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    series: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    log_x: bool = False
+    log_y: bool = False
+    dashed: Collection[str] = ()
+
+    def draw(self, path: Path) -> Path:
+        axes = {"log_x": self.log_x, "log_y": self.log_y}
+        return lines(path, self.title, self.x_label, self.y_label, self.series, **axes, dashed=self.dashed)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Percentiles of many values, and the largest of them."""
+
+    p50: float
+    p95: float
+    p99: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        return cls(*(percentile(values, percent) for percent in (50, 95, 99)), max(values))
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """Between the two nearest values, as numpy does it."""
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
 
 
 def machine() -> dict[str, Any]:
@@ -103,9 +143,16 @@ def compare(
 
 
 def write(
-    name: str, rows: Sequence[Row], table: Table, *, command: str, found: Mapping[str, str], here: Path = HERE, **more: Any
+    name: str,
+    rows: Sequence[Row],
+    *tables: Table,
+    command: str,
+    found: Mapping[str, str],
+    plots: Sequence[Plot] = (),
+    here: Path = HERE,
+    **more: Any,
 ) -> Path:
-    """Writes `results/NAME.json` and replaces the table of that name in README.md."""
+    """Writes `results/NAME.json` and `results/NAME-PLOT.svg`, and replaces the tables and plots of that name in README.md."""
     about, date = machine(), datetime.now(UTC).date().isoformat()
     content = {
         "machine": about,
@@ -117,17 +164,23 @@ def write(
     }
     path = here / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    drawn = {plot.title: plot.draw(path.with_name(f"{name}-{plot.name}.svg")) for plot in plots}
+    unfinished = path.with_suffix(".tmp")  # a run that is cut leaves a whole file behind
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(path)
+    pictures = [f"![{title}](results/{file.name})" for title, file in drawn.items()]
+    shown = [f"{table.title}\n\n{table.markdown()}" for table in tables]
+    block = "\n\n".join([*shown, *pictures, _origin(command, date, about, found)])
     readme = here / "README.md"
-    readme.write_text(replace_block(readme.read_text(), name, _block(table, command, date, about, found)))
+    readme.write_text(replace_block(readme.read_text(), name, block))
     return path
 
 
-def _block(table: Table, command: str, date: str, about: Mapping[str, Any], found: Mapping[str, str]) -> str:
+def _origin(command: str, date: str, about: Mapping[str, Any], found: Mapping[str, str]) -> str:
     tools = ", ".join(f"{package} {number}" for package, number in sorted(found.items()))
     cpu = f"{about['cores']} cores of {about['cpu']} ({' '.join(about['flags'])})"
     where = f"{cpu}, {about['memory_gib']} GiB, Python {about['python']}"
-    return f"{table.title}\n\n{table.markdown()}\n\n`{command}`, {date}, {where}; {tools}."
+    return f"`{command}`, {date}, {where}; {tools}."
 
 
 def replace_block(text: str, name: str, block: str) -> str:

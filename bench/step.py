@@ -149,7 +149,8 @@ def steps(case: Case, num_steps: int, model: NoModel) -> Iterator[Times]:
 def _decoding(case: Case, num_steps: int, model: NoModel) -> Engine:
     """An engine whose decoders have their prompts behind them and don't end soon."""
     prompt_tokens, max_tokens = case.running * case.context, num_steps + 2
-    settings = EngineSettings(max_sequences=case.running + bool(case.chunk), max_batch_tokens=max(16, prompt_tokens))
+    sequences = case.running + bool(case.chunk)
+    settings = EngineSettings(max_sequences=sequences, max_batch_tokens=max(16, prompt_tokens), speculation=0)
     longest = [case.context + max_tokens] * case.running + [case.chunk * CHUNKS] * 2
     blocks = sum(-(-tokens // settings.block_size) for tokens in longest)
     engine = Engine.of(model.execute, blocks, settings)

@@ -40,6 +40,8 @@ ENGINE: Mapping[str, tuple[type[GaugeMetricFamily] | type[CounterMetricFamily], 
     "prompt_tokens": (CounterMetricFamily, "mmaas_engine_prompt_tokens", "Prompt tokens of answered requests"),
     "cached_tokens": (CounterMetricFamily, "mmaas_engine_prefix_hit_tokens", "Of these, found in the prefix cache"),
     "output_tokens": (CounterMetricFamily, "mmaas_engine_output_tokens", "Tokens sampled"),
+    "drafted_tokens": (CounterMetricFamily, "mmaas_engine_draft_tokens", "Tokens guessed and verified"),
+    "accepted_tokens": (CounterMetricFamily, "mmaas_engine_draft_accepted_tokens", "Of these, right: output without a step"),
 }
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

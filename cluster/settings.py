@@ -96,6 +96,9 @@ class EngineSettings(_Section):
     torch; true: refuse a model that it can't run; false: never."""
     cache: Path = Field(default=Path("~/.cache/mmaas"), validate_default=True)
     """Where a node keeps what can be made again: compiled kernels and weights that are cut already. Mode 0700."""
+    speculation: int = Field(default=8, ge=0, le=64)
+    """Tokens of one sequence that a step may guess from the sequence itself and verify (prompt lookup); 0: none. How many it does
+    guess, and whether, follows from measured times. Answers stay the same."""
     prefix_cache: bool = True
     """Keep the KV blocks of finished prompts and share them with later prompts of the same tenant that start alike."""
 

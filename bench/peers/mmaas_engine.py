@@ -16,6 +16,7 @@ def load() -> Generate:
         max_sequences=options.max_concurrency,
         kv_cache_bytes=2 << 30,
         prefix_cache=False,
+        speculation=0,  # a model of random weights runs into loops, which guessing would make too easy
     )
     engine = LocalEngine(options.model, tp=options.tp, dtype="bfloat16", settings=settings)
 
@@ -23,7 +24,12 @@ def load() -> Generate:
         sampling = Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         results = engine.generate(prompts, sampling, concurrency=concurrency)
         return [
-            {"num_tokens": len(result.token_ids), "first_token_s": result.first_token_s, "finished_s": result.finished_s}
+            {
+                "num_tokens": len(result.token_ids),
+                "first_token_s": result.first_token_s,
+                "finished_s": result.finished_s,
+                "token_times_s": result.token_times_s,
+            }
             for result in results
         ]
 

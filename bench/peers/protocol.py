@@ -2,9 +2,10 @@
 
     engine -> {"ready": true, "versions": {...}, "load_s": ...}
     bench  -> {"prompts": [[ids]], "max_tokens": n, "concurrency": c}
-    engine -> {"wall_s": ..., "requests": [{"num_tokens", "first_token_s", "finished_s"}]}      until its input ends
+    engine -> {"wall_s": ..., "requests": [{"num_tokens", "first_token_s", "finished_s", "token_times_s": [...]}]}
 
-Times of a request are seconds from its own start, which is when one of the `concurrency` places became free for it.
+until its input ends. Times of a request are seconds from its own start, which is when one of the `concurrency` places became free
+for it; `token_times_s` has one for every token of the answer.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class ClosedLoop:
         free = self._concurrency - len(self._running)
         starting = [self._waiting.pop() for _ in range(min(free, len(self._waiting)))]
         for request in starting:
-            self._running[request] = {"started": time.perf_counter(), "first": None}
+            self._running[request] = {"started": time.perf_counter(), "first": None, "times": []}
         return starting
 
     @property
@@ -79,10 +80,12 @@ class ClosedLoop:
         now, state = time.perf_counter(), self._running[request]
         if num_tokens and state["first"] is None:
             state["first"] = now - state["started"]
+        state["times"] += [now - state["started"]] * (num_tokens - len(state["times"]))
         if finished:
             del self._running[request]
             finished_s = now - state["started"]
             self.done[request] = {"num_tokens": num_tokens, "first_token_s": state["first"], "finished_s": finished_s}
+            self.done[request]["token_times_s"] = state["times"]
 
     def results(self) -> list[Request]:
         return [self.done[request] for request in sorted(self.done)]

@@ -16,21 +16,28 @@ def load() -> Generate:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
 
     class Clock(StoppingCriteria):
-        """Stops nothing; notes when the first token came."""
+        """Stops nothing; notes when the tokens came."""
 
-        first: float | None = None
+        def __init__(self):
+            self.started, self.times = time.perf_counter(), []
 
         def __call__(self, input_ids, scores, **kwargs):
-            self.first = self.first or time.perf_counter()
+            self.times.append(time.perf_counter() - self.started)
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
     def batch(prompts: list[list[int]], max_tokens: int) -> list[Request]:
-        ids, clock, started = torch.tensor(prompts), Clock(), time.perf_counter()
+        ids, clock = torch.tensor(prompts), Clock()
         config = GenerationConfig(max_new_tokens=max_tokens, min_new_tokens=max_tokens, do_sample=False, pad_token_id=0)
         with torch.inference_mode():
             output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, stopping_criteria=[clock])
-        finished_s, num_tokens = time.perf_counter() - started, output.shape[1] - ids.shape[1]
-        return [{"num_tokens": num_tokens, "first_token_s": clock.first - started, "finished_s": finished_s} for _ in prompts]
+        finished_s, num_tokens = time.perf_counter() - clock.started, output.shape[1] - ids.shape[1]
+        request = {
+            "num_tokens": num_tokens,
+            "first_token_s": clock.times[0],
+            "finished_s": finished_s,
+            "token_times_s": clock.times,
+        }
+        return [request for _ in prompts]
 
     def generate(prompts: list[list[int]], max_tokens: int, concurrency: int) -> list[Request]:
         batches = [prompts[at : at + concurrency] for at in range(0, len(prompts), concurrency)]

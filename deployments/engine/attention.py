@@ -38,6 +38,18 @@ def _no_mask(*_: Any, **__: Any) -> None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """How one layer of a model asks for attention: the same in every step."""
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
 class KvCache:
     """Keys and values of every layer, `num_slots x K x D` each. A layer's pages are made when it first writes: only the model
     knows the shape of its heads, and after sharding only the rank does."""
@@ -45,6 +57,7 @@ class KvCache:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.calls: dict[int, AttentionCall] = {}
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,6 +186,9 @@ def paged_attention(
     output = queries.new_empty(queries.shape[0], queries.shape[1], values.shape[2])
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     kv_heads, size = keys.shape[1], paged.cache.block_size
+    if module.layer_idx not in paged.cache.calls:
+        call = AttentionCall(queries.shape[1], kv_heads, queries.shape[2], scale, sliding_window, softcap)
+        paged.cache.calls[module.layer_idx] = call  # type: ignore[index]
     for group in paged.groups:
         rows = slice(group.first, group.first + len(group.lengths))
         q = queries[rows].reshape(len(group.lengths), kv_heads, -1, queries.shape[2])  # B x K x G x D

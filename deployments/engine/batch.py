@@ -1,6 +1,7 @@
 """One step's work, as every rank receives it: a few small integer arrays that pack into one.
 
-Decoders (one token each) come first. Everything else a rank needs (positions, slots, masks) follows from these numbers.
+Decoders (one token each) come first; one that tries guesses looks like a piece of a prompt here. Everything else a rank needs
+(positions, slots, masks) follows from these numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Batch:
     tokens: Ints  # T
     starts: Ints  # S: tokens of the sequence that are in the cache already
     counts: Ints  # S: its new tokens
-    sampled: Ints  # the sequences whose last token's logits are wanted
+    sampled: Ints  # the sequences whose last token's logits are wanted; one that is named n times: those of its last n tokens
     tables: Ints  # S x W
 
     @classmethod
@@ -36,18 +37,20 @@ class Batch:
         tokens: list[int] = []
         for item in slices:
             tokens += item.sequence.tokens[item.start : item.start + item.count]
+            tokens += item.draft
         return cls(
             np.array(tokens, np.int32),
             np.array([item.start for item in slices], np.int32),
-            np.array([item.count for item in slices], np.int32),
-            np.array([row for row, item in enumerate(slices) if item.samples], np.int32),
+            np.array([item.width for item in slices], np.int32),
+            np.array([row for row, item in enumerate(slices) if item.samples for _ in range(1 + len(item.draft))], np.int32),
             np.frombuffer(tables, np.int32).reshape(len(slices), width),
         )
 
     @property
     def rows(self) -> npt.NDArray[np.int64]:
-        """Of the T tokens, those whose logits are wanted."""
-        return (np.cumsum(self.counts, dtype=np.int64) - 1)[self.sampled]
+        """Of the T tokens, those whose logits are wanted, as `sampled` names them."""
+        from_the_end = np.searchsorted(self.sampled, self.sampled, side="right") - np.arange(len(self.sampled))
+        return np.cumsum(self.counts, dtype=np.int64)[self.sampled] - from_the_end
 
     def pack(self) -> Ints:
         """One array: the four lengths, then the arrays one after the other."""

@@ -1,6 +1,6 @@
 """The wire between a replica and its rank 0: length-prefixed MessagePack frames over a Unix socket.
 
-One frame a step carries every sequence's new token, so that a step costs one write however many streams there are. Both ends
+One frame a step carries every sequence's new tokens, so that a step costs one write however many streams there are. Both ends
 see at once when the other dies: the socket closes.
 """
 

@@ -1,4 +1,4 @@
-"""The loop's body on rank 0: schedule, run, sample, deliver. No thread, no socket, no text; one call of `step` is one step.
+"""The loop's body on rank 0: schedule, guess, run, sample, deliver. No thread, no socket, no text; one call of `step` is one step.
 
 `execute` takes a Batch and returns the logits of its sampled rows; it is the only door to the model, so that a test can put
 anything behind it.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -18,11 +20,14 @@ from cluster.settings import EngineSettings
 from cluster.types import FinishReason, Priority, Sampling
 from deployments.engine.batch import Batch
 from deployments.engine.blocks import BlockPool
-from deployments.engine.scheduler import Scheduler
+from deployments.engine.scheduler import Scheduler, Slice
 from deployments.engine.sequence import Sequence
+from deployments.engine.speculation import Speculation
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from deployments.engine.sampler import Sampled
 
 Execute = Callable[[Batch], "Tensor"]
 
@@ -67,6 +72,8 @@ class Stats(msgspec.Struct):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of the drafted ones, those that became output
     aborted: int = 0
     busy_s: float = 0.0
     model_s: float = 0.0  # of busy_s, the time inside the model
@@ -78,6 +85,8 @@ class Engine:
 
     execute: Execute
     scheduler: Scheduler
+    speculation: Speculation | None = None
+    clock: Callable[[], float] = time.perf_counter
     _requests: dict[int, list[Sequence]] = field(default_factory=dict)  # the unfinished choices of each request
     _counts: Stats = field(default_factory=Stats)  # gauges stay zero here: `stats` reads them where they live
 
@@ -89,7 +98,7 @@ class Engine:
             max_batch_tokens=settings.max_batch_tokens,
             prefix_cache=settings.prefix_cache,
         )
-        return cls(execute, scheduler)
+        return cls(execute, scheduler, Speculation(settings.speculation) if settings.speculation else None)
 
     @property
     def has_work(self) -> bool:
@@ -125,19 +134,24 @@ class Engine:
                 self._finish(sequence)
 
     def step(self) -> list[Output]:
-        """Compute one step and return its tokens, at most one for each running sequence."""
-        began = time.perf_counter()
-        slices = self.scheduler.schedule()
+        """Compute one step and return its tokens: one for each sequence that samples, and its guesses that were right."""
+        began = self.clock()
+        slices: Items[Slice] = self.scheduler.schedule()
         if not slices:
             return []
+        if self.speculation:
+            slices = self.scheduler.extend(slices, self.speculation.drafts(slices))
         batch = Batch.of(slices)
-        model_began = time.perf_counter()
+        model_began = self.clock()
         logits = self.execute(batch)
-        self._counts.model_s += time.perf_counter() - model_began
+        self._counts.model_s += self.clock() - model_began
         self.scheduler.commit(slices)
-        outputs = self._deliver([slices[row].sequence for row in batch.sampled], logits)
+        outputs = self._deliver([item for item in slices if item.samples], logits)
+        seconds = self.clock() - began
         self._counts.steps += 1
-        self._counts.busy_s += time.perf_counter() - began
+        self._counts.busy_s += seconds
+        if self.speculation:
+            self.speculation.learn(slices, seconds)
         return outputs
 
     def stats(self) -> Stats:
@@ -153,34 +167,54 @@ class Engine:
             blocks_cached=pool.num_cached,
         )
 
-    def _deliver(self, sequences: list[Sequence], logits: Tensor) -> list[Output]:
-        if not sequences:
+    def _deliver(self, slices: Items[Slice], logits: Tensor) -> list[Output]:
+        """Sample in rounds: round j draws from the j-th row of every slice whose first j guesses were right. So a row is sampled
+        with the sequence as it would be without guessing, and the noise being a function of seed and place, gives that token."""
+        if not slices:
             return []
         from deployments.engine.sampler import sample
 
         outputs = []
-        for sequence, sampled in zip(sequences, sample(logits, sequences), strict=True):
-            first = sequence.num_output == 0
-            sequence.append(sampled.token)
-            cached = sequence.num_cached if first else 0
-            outputs.append(
-                Output(
-                    sequence.request_id,
-                    sequence.index,
-                    sampled.token,
-                    sampled.logprob,
-                    sampled.top,
-                    sequence.finish_reason,
-                    cached,
-                )
-            )
-            self._counts.output_tokens += 1
-            if first:
-                self._counts.prompt_tokens += sequence.num_prompt
-                self._counts.cached_tokens += cached
-            if sequence.finish_reason:
-                self._finish(sequence)
+        rows = accumulate((1 + len(item.draft) for item in slices[:-1]), initial=0)
+        going, place = list(zip(slices, rows, strict=True)), 0
+        while going:
+            wanted = logits if len(going) == len(logits) else logits[[row + place for _, row in going]]
+            chosen = sample(wanted, [item.sequence for item, _ in going])
+            outputs += [self._take(item.sequence, token) for (item, _), token in zip(going, chosen, strict=True)]
+            going = [(item, row) for item, row in going if self._goes_on(item, place)]
+            place += 1
         return outputs
+
+    def _take(self, sequence: Sequence, sampled: Sampled) -> Output:
+        first = sequence.num_output == 0
+        sequence.append(sampled.token)
+        cached = sequence.num_cached if first else 0
+        self._counts.output_tokens += 1
+        if first:
+            self._counts.prompt_tokens += sequence.num_prompt
+            self._counts.cached_tokens += cached
+        return Output(
+            sequence.request_id,
+            sequence.index,
+            sampled.token,
+            sampled.logprob,
+            sampled.top,
+            sequence.finish_reason,
+            cached,
+        )
+
+    def _goes_on(self, item: Slice, place: int) -> bool:
+        """Whether the token that was just taken is the guess at `place`, so that the next row counts; else the slice is done."""
+        sequence = item.sequence
+        if place < len(item.draft) and item.draft[place] == sequence.tokens[-1] and not sequence.finish_reason:
+            return True
+        if item.draft:
+            self.scheduler.accept(sequence, place)
+            self._counts.drafted_tokens += len(item.draft)
+            self._counts.accepted_tokens += place
+        if sequence.finish_reason:
+            self._finish(sequence)
+        return False
 
     def _finish(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)

@@ -58,6 +58,14 @@ class Group:
         log.info("sharded", extra={"rank": self.rank, "parameters": after, "of": before})
         return engine.module  # type: ignore[no-any-return]
 
+    def all_agree(self, mine: bool) -> bool:
+        """Whether every rank says yes."""
+        return _all_agree(mine)
+
+    def all_reduce(self, numbers: torch.Tensor) -> None:
+        """Sum over all ranks, in place."""
+        dist.all_reduce(numbers)
+
     def send(self, batch: Ints) -> None:
         """Leader: the next step's batch to every other rank."""
         self._buffer[0] = len(batch)

@@ -30,6 +30,7 @@ class Generation:
     started_at: float = 0.0
     first_token_s: float = 0.0
     finished_s: float = 0.0
+    token_times_s: list[float] = field(default_factory=list)
 
 
 class LocalEngine:
@@ -126,6 +127,7 @@ class LocalEngine:
         now = time.perf_counter() - result.started_at
         result.first_token_s = result.first_token_s or now
         result.token_ids.append(output.token)
+        result.token_times_s.append(now)
         if output.logprob is not None:
             result.logprobs.append(output.logprob)
         if output.finish_reason:

@@ -84,6 +84,13 @@ class Runner:
             raise ModelNotServable(f"{self._name} gives other logits when its cache is paged (relative error {difference:.2g})")
 
     @property
+    def weight_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    def close(self) -> None:
+        """Nothing to end: torch's threads are the process's."""
+
+    @property
     def _name(self) -> str:
         return type(self.model).__name__
 

@@ -6,6 +6,7 @@ OSDI 2024), fair between tenants (`flows.py`). A step is filled in this order:
     1. every running sequence gets one token of the budget: decoders want no more
     2. waiting sequences get places as long as slots, budget and blocks for the whole prompt are there, in the order of their flows
     3. unfinished prompts share what is left of the budget, tenant by tenant
+    4. guessed tokens behind those of the decoders, if somebody guesses, from the budget and the blocks that nobody else took
 
 When a running sequence needs a block and none is left, another is preempted: its blocks go back, and it will be recomputed, first
 in its flow. The victim is of class `batch`, unless that had less than its share; of the tenant that has had most; and the newest of
@@ -24,7 +25,8 @@ Nothing starves:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
 from itertools import count
 
 from deployments.engine.blocks import BlockPool, chain
@@ -38,16 +40,22 @@ MAX_SHARES = 8
 
 @dataclass(slots=True, eq=False)  # not frozen: hundreds are made in every step
 class Slice:
-    """Tokens `start .. start + count` of one sequence, to be computed in this step."""
+    """Tokens `start .. start + count` of one sequence, to be computed in this step, and the guesses that are tried behind them."""
 
     sequence: Sequence
     start: int
     count: int
+    draft: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
         """Whether the step ends at the sequence's last token, so that the next one is sampled."""
         return self.start + self.count == len(self.sequence.tokens)
+
+    @property
+    def width(self) -> int:
+        """Rows of the step."""
+        return self.count + len(self.draft)
 
 
 class Scheduler:
@@ -87,9 +95,22 @@ class Scheduler:
         if self.num_preemptions == preemptions:
             self._admit(counts)
         self._share(counts)
-        slices = [Slice(sequence, sequence.num_computed, count) for sequence, count in counts.items()]
-        slices.sort(key=lambda item: (item.count > 1, item.start))
-        return slices
+        return _in_order([Slice(sequence, sequence.num_computed, count) for sequence, count in counts.items()])
+
+    def extend(self, slices: Items[Slice], drafts: Items[Items[int]]) -> Items[Slice]:
+        """Let the slices that sample try these guesses too, as far as budget and blocks are left over: nobody waits or is preempted
+        for a guess."""
+        if not any(drafts):
+            return slices
+        budget = self.max_batch_tokens - sum(item.count for item in slices)
+        extended = []
+        for item, draft in zip(slices, drafts, strict=True):
+            slots = (len(item.sequence.blocks) + self.pool.num_available) * self.pool.block_size - item.start - item.count
+            tried = tuple(draft[: min(budget, slots)])
+            self._grow(item.sequence, self._blocks_missing(item.sequence, item.count + len(tried)))
+            budget -= len(tried)
+            extended.append(replace(item, draft=tried))
+        return _in_order(extended)
 
     def commit(self, slices: Iterable[Slice]) -> None:
         """The step was computed: its tokens are in the cache now, and full blocks may be shared."""
@@ -97,10 +118,18 @@ class Scheduler:
             sequence = item.sequence
             if sequence.blocks:  # not aborted meanwhile
                 sequence.num_computed += item.count
-                if sequence.num_computed > sequence.num_paid:
-                    self.waiting.charge(sequence, self.running[sequence])
+                self._charge(sequence)
                 if self.prefix_cache:
                     self._seal(sequence)
+
+    def accept(self, sequence: Sequence, count: int) -> None:
+        """Of a committed slice's draft, so many tokens were right and have been appended. Blocks of the wrong ones go back."""
+        sequence.num_computed += count
+        self._charge(sequence)
+        while self._blocks_missing(sequence, 0) < 0:
+            self.pool.release(sequence.blocks.pop())
+        if self.prefix_cache:
+            self._seal(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and give its blocks back. Safe to call twice."""
@@ -253,6 +282,10 @@ class Scheduler:
         self.waiting.put_back(victim, self.running.pop(victim))
         self.num_preemptions += 1
 
+    def _charge(self, sequence: Sequence) -> None:
+        if sequence.num_computed > sequence.num_paid:
+            self.waiting.charge(sequence, self.running[sequence])
+
     def _grow(self, sequence: Sequence, num_blocks: int) -> None:
         for _ in range(num_blocks):
             sequence.blocks.append(self.pool.allocate())
@@ -262,3 +295,7 @@ class Scheduler:
             self.pool.release(block)
         del sequence.blocks[:]
         sequence.num_computed = sequence.num_sealed = 0
+
+
+def _in_order(slices: Iterable[Slice]) -> list[Slice]:
+    return sorted(slices, key=lambda item: (item.width > 1, item.start))

@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from cluster.types import FinishReason, Priority, Sampling
+from deployments.engine.draft import Drafter
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +37,7 @@ class Sequence:
     blocks: array[int] = field(default_factory=lambda: array("i"))
     num_sealed: int = 0  # blocks whose content the pool knows
     digests: list[bytes] = field(default_factory=list)  # of the full blocks' tokens, as far as known
+    drafter: Drafter | None = None  # since it decodes, where guessing is on
     finish_reason: FinishReason | None = None
 
     @property

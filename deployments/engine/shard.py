@@ -5,6 +5,7 @@ The same code runs in a Ray actor (`deployments/llm.py`), in a plain child proce
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.group import Group
+    from deployments.engine.native.decoder import Decoder
+    from deployments.engine.native.proof import Ranks
+    from deployments.engine.runner import Runner
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +69,58 @@ class Shard:
         os.environ["OMP_NUM_THREADS"] = str(spec.threads)
         import torch
 
-        from deployments.engine.attention import KvCache
-        from deployments.engine.group import Group
-        from deployments.engine.runner import DTYPES, Runner, load_model
-
         torch.set_num_threads(spec.threads)
         self.spec = spec
-        self.group: Group | None = None
-        model = load_model(spec.directory, spec.model.dtype)
-        if spec.rendezvous.size > 1:
-            self.group = Group(spec.rendezvous, shared_memory=uses_shared_memory(spec))
-            model = self.group.shard(model, DTYPES[spec.model.dtype])
-        self.runner = Runner(model, KvCache(spec.num_blocks, spec.settings.block_size))
-        self.runner.check()
+        self.group = self._join()
+        self.runner = self._runner()
+
+    def _join(self) -> Group | None:
+        if self.spec.rendezvous.size == 1:
+            return None
+        from deployments.engine.group import Group
+
+        return Group(self.spec.rendezvous, shared_memory=uses_shared_memory(self.spec))
+
+    def _runner(self) -> Runner | Decoder:
+        """Through the compiled decoder where that can be, else through torch."""
+        from deployments.engine.native.build import NativeUnavailable
+        from deployments.engine.native.proof import Disproved, decoder_of
+
+        runner = self._checked()
+        if self.spec.settings.native is False:
+            return runner
+        try:
+            return decoder_of(
+                runner,
+                num_blocks=self.spec.num_blocks,
+                max_positions=self.spec.model.max_model_len,
+                threads=self.spec.threads,
+                cache=self.spec.settings.cache,
+                ranks=self._ranks(),
+            )
+        except NativeUnavailable as error:
+            if self.spec.settings.native:
+                raise ModelNotServable(f"{self.spec.directory.name}: engine.native=true, but {error}") from error
+            log.info("runs through torch", extra={"reason": str(error)})
+            return self._checked() if isinstance(error, Disproved) else runner
+
+    def _ranks(self) -> Ranks:
+        from deployments.engine.native.proof import Ranks
+
+        group = self.group
+        return Ranks(group.rank, group.all_agree, group.all_reduce) if group else Ranks()
+
+    def _checked(self) -> Runner:
+        """The model in transformers' own code, cut to this rank's part, with paging proven."""
+        from deployments.engine.attention import KvCache
+        from deployments.engine.runner import DTYPES, Runner, load_model
+
+        model = load_model(self.spec.directory, self.spec.model.dtype)
+        if self.group:
+            model = self.group.shard(model, DTYPES[self.spec.model.dtype])
+        runner = Runner(model, KvCache(self.spec.num_blocks, self.spec.settings.block_size))
+        runner.check()
+        return runner
 
     def execute(self, batch: Batch) -> Tensor:
         """Leader: run a step on every rank."""
@@ -88,6 +133,7 @@ class Shard:
         assert self.group, "a single rank has nobody to follow"
         while (packed := self.group.receive()) is not None:
             self.runner.run(Batch.unpack(packed))
+        self.runner.close()
 
     def ping(self) -> None:
         if self.group:
@@ -96,3 +142,4 @@ class Shard:
     def stop(self) -> None:
         if self.group:
             self.group.stop()
+        self.runner.close()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+import bench.engine
 from bench import models
-from bench.engine import Measurement, Work, measure, rows, table
+from bench.engine import Work, main, measure
 from bench.engines import Engine, Running, engines, rss_bytes, tree
+from bench.harness import write
 from bench.peers.protocol import ClosedLoop
 
 PROTOCOL = Path(__file__).parents[2] / "bench" / "peers"
@@ -25,7 +29,8 @@ def load():
     if {fail!r}:
         raise SystemExit("no such device")
     def generate(prompts, max_tokens, concurrency):
-        return [{{"num_tokens": max_tokens - {short}, "first_token_s": 1.0, "finished_s": 3.0}} for _ in prompts]
+        times = {{"first_token_s": 1.0, "finished_s": 3.0, "token_times_s": [1.0, 1.5, 1.5, 3.0]}}
+        return [{{"num_tokens": max_tokens - {short}, **times}} for _ in prompts]
     return generate
 serve(load, ["pytest"])
 """
@@ -45,7 +50,8 @@ def no_models(monkeypatch, tmp_path):
 def test_an_engine_is_measured_at_every_concurrency(tmp_path, no_models):
     measured, versions = measure(echo(tmp_path), "S", [1, 4], Work(8, 2, 5, 9), threads=1)
     assert [m.concurrency for m in measured] == [1, 4]
-    assert all(m.first_token_s == 1.0 and m.per_token_s == 2.0 / 8 for m in measured)
+    assert all(m.first_token_s.p50 == 1.0 and m.per_token_s.p99 == 2.0 / 8 for m in measured)
+    assert all(m.gap_s.most == 1.5 and m.gap_s.p50 == 1.0 for m in measured)
     assert all(m.peak_rss_bytes > 1 << 20 and m.tokens_per_s > 0 for m in measured)
     assert versions.keys() == {"pytest"}
 
@@ -78,32 +84,55 @@ def test_every_engine_gets_the_same_work():
     assert {len(prompt) for prompt in work.prompts(8, 100)} == {128}
 
 
-def measurement(engine: str, tokens_per_s: float, *, ours: bool = False, tp: int = 1, concurrency: int = 8) -> Measurement:
-    return Measurement(engine, "S", concurrency, tp, ours, tokens_per_s, 0.01, 0.002, 1 << 30, 1.0)
+@pytest.fixture
+def two_engines(tmp_path, no_models, monkeypatch) -> Path:
+    """One that answers and one that doesn't start, results in a folder of the test's own."""
+    known = {"echo": echo(tmp_path), "broken": Engine("broken", "x.py", tmp_path / "python")}
+    monkeypatch.setattr("bench.engine.engines", lambda: known)
+    monkeypatch.setattr("bench.engine.HERE", tmp_path)
+    monkeypatch.setattr("bench.engine.write", partial(write, here=tmp_path))
+    monkeypatch.setattr("bench.engine.bandwidth.measure", lambda num_bytes, threads: 1e9)
+    (tmp_path / "README.md").write_text("<!-- engine: start --><!-- engine: end -->")
+    return tmp_path / "results" / "engine.json"
 
 
-MEASURED = [
-    measurement("mmaas tp=1", 30, ours=True),
-    measurement("mmaas tp=2", 15, ours=True, tp=2),
-    measurement("slow", 20),
-    measurement("fast", 60),
-    measurement("fast", 600, concurrency=32),
-]
+WORDS = ["--concurrency", "1", "2", "--requests", "2", "--tokens", "4", "--threads", "1", "--models", "S", "M"]
 
 
-def test_ours_is_compared_with_the_best_at_the_same_work():
-    assert [(row.tp, row.peer, row.ratio) for row in rows(MEASURED)] == [(1, "fast", 0.5), (2, "fast", 0.25)]
+def test_a_run_that_was_cut_goes_on_with_what_is_missing(two_engines, monkeypatch):
+    whole = bench.engine.add
+
+    def cut(run, engine, model):
+        if model == "M":
+            raise KeyboardInterrupt
+        whole(run, engine, model)
+
+    monkeypatch.setattr("bench.engine.add", cut)
+    with pytest.raises(KeyboardInterrupt):
+        main([*WORDS, "--engines", "echo"])
+    before = json.loads(two_engines.read_text())
+    assert [m["model"] for m in before["measurements"]] == ["S", "S"]
+    assert not before["complete"]
+
+    monkeypatch.setattr("bench.engine.add", whole)
+    main(["--resume"])
+    after = json.loads(two_engines.read_text())
+    assert after["measurements"][:2] == before["measurements"]
+    assert [m["model"] for m in after["measurements"]] == ["S", "S", "M", "M"]
+    assert after["complete"]
+    with pytest.raises(ValueError, match="complete"):
+        main(["--resume"])
 
 
-def test_the_table_has_every_measurement_best_first():
-    lines = table(MEASURED).lines
-    assert [(line[1], line[2], line[4]) for line in lines] == [
-        ("8", "fast", "1.00"),
-        ("8", "mmaas tp=1", "0.50"),
-        ("8", "slow", "0.33"),
-        ("8", "mmaas tp=2", "0.25"),
-        ("32", "fast", "1.00"),
-    ]
+def test_an_engine_that_can_not_run_is_named_and_the_rest_is_measured(two_engines):
+    main([*WORDS, "--engines", "broken", "echo"])
+    content = json.loads(two_engines.read_text())
+    assert content["left_out"].keys() == {"broken, S", "broken, M"}
+    assert len(content["measurements"]) == 4
+    assert content["complete"]
+    page = two_engines.parents[1].joinpath("README.md").read_text()
+    assert page.count("![") == 2 * 3
+    assert "1.0 GB/s beyond the caches" in page
 
 
 def test_a_closed_loop_keeps_as_many_running_as_asked():
@@ -121,6 +150,8 @@ def test_a_closed_loop_keeps_as_many_running_as_asked():
                 del running[request]
     assert order == [0, 1, 2, 3, 4]
     assert [request["num_tokens"] for request in loop.results()] == [3] * 5
+    assert [len(request["token_times_s"]) for request in loop.results()] == [3] * 5
+    assert all(request["token_times_s"][0] == request["first_token_s"] for request in loop.results())
     assert all(0 <= request["first_token_s"] <= request["finished_s"] for request in loop.results())
 
 

@@ -8,13 +8,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bench.engine import Work
-from bench.first_token import ENGINE, HTTP, Caller, Measurement, Prompts, measure, percentile, rows, table
+from bench.first_token import ENGINE, HTTP, Caller, Measurement, Prompts, measure, rows, table
 from bench.harness import Row
 
 WORK = Work(8, 8, prompt_tokens=5, output_tokens=3)
@@ -57,12 +54,6 @@ def test_both_ways_get_the_same_prompts() -> None:
 def test_short_answers_count_for_nothing() -> None:
     with pytest.raises(RuntimeError, match=r"engine alone answered with \[2\] tokens"):
         measure(ENGINE, Bursts(num_tokens=2), 2, WORK)
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50))
-def test_a_percentile_is_numpys(values: list[float]) -> None:
-    assert percentile(values, 95) == pytest.approx(np.percentile(values, 95))
 
 
 def test_the_rows_are_what_http_adds() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.harness import Row, Table, compare, machine, replace_block, versions, write
+from bench.harness import Plot, Row, Spread, Table, compare, machine, percentile, replace_block, versions, write
 
 README = "# Title\n\n<!-- engine: start -->\nold\n<!-- engine: end -->\n\nafter\n"
 TABLE = Table("Speed", ["model", "tokens/s"], [["S", "100"], ["M", "10"]])
@@ -66,6 +67,26 @@ def test_results_go_to_a_file_and_a_table(tmp_path):
     assert content["date"] in page
     assert page.startswith("# Title")
     assert page.endswith("after\n")
+
+
+def test_plots_go_beside_the_results_and_onto_the_page(tmp_path):
+    (tmp_path / "README.md").write_text(README)
+    plot = Plot("speed", "Speed over time", "s", "tokens/s", {"S": [(0.0, 1.0), (1.0, 2.0)]})
+    write("engine", [], TABLE, TABLE, command="c", found={}, plots=[plot], here=tmp_path)
+    assert (tmp_path / "results" / "engine-speed.svg").read_text().startswith("<svg")
+    page = (tmp_path / "README.md").read_text()
+    assert "![Speed over time](results/engine-speed.svg)" in page
+    assert page.count("| S | 100 |") == 2
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50))
+def test_a_percentile_is_numpys(values):
+    assert percentile(values, 95) == pytest.approx(np.percentile(values, 95))
+
+
+def test_a_spread_is_of_all_values():
+    assert Spread.of([float(n) for n in range(101)]) == Spread(50.0, 95.0, 99.0, 100.0)
 
 
 def test_a_table_is_markdown_of_equal_columns():

@@ -1,6 +1,6 @@
 """The compiled part of the engine: all C++ files beside this one, built by the machine's own compiler on first use.
 
-Plain C++17 without torch's headers, so a build takes seconds; called through `ctypes` with addresses of memory that Python owns.
+Plain C++20 without torch's headers, so a build takes seconds; called through `ctypes` with addresses of memory that Python owns.
 The library is cached under a digest of everything that goes into it, so that an upgrade or another CPU builds its own.
 """
 
@@ -22,7 +22,7 @@ from cluster.private_files import private_directory
 log = logging.getLogger(__name__)
 
 FLAGS = [
-    "-std=c++17",
+    "-std=c++20",
     "-O3",
     "-march=native",
     "-fno-math-errno",

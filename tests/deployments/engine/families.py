@@ -16,7 +16,7 @@ SHAPE: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 32,
     "max_position_embeddings": 256,
     "bos_token_id": None,
     "eos_token_id": None,
@@ -30,8 +30,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": SHAPE,
     "qwen3": SHAPE,
     "mistral": SHAPE | {"sliding_window": 8},
-    "gemma2": SHAPE | {"sliding_window": 8, "query_pre_attn_scalar": 8},
+    "gemma2": SHAPE | {"sliding_window": 8, "query_pre_attn_scalar": 24},
     "phi3": SHAPE,
+    "gemma": SHAPE,
+    "granite": SHAPE
+    | {"residual_multiplier": 0.7, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "logits_scaling": 2.0},
     "gpt_neox": NEOX,
     "opt": MINIMAL | {"ffn_dim": 128, "word_embed_proj_dim": 32},
     "bloom": MINIMAL,  # not servable: positions come from its attention mask

@@ -14,6 +14,7 @@ from deployments.engine.checkpoint import inspect
 from deployments.engine.local import LocalEngine, follow
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import ShardSpec
+from tests.deployments.engine.guesses import Guesses
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,10 @@ class Report:
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
+    guessed: list[list[int]]  # the tokens of a second round, in which right and wrong guesses are tried
+    accepted: int  # guesses in it
     preemptions: int
-    parameters: int  # on the leader
+    weight_bytes: int  # on the leader
 
 
 def run_on_two_ranks(
@@ -64,11 +67,16 @@ def _lead(specs: dict[str, ShardSpec], prompts: list[list[int]], reports: Queue[
     for family, spec in specs.items():
         engine = LocalEngine.leading(spec)
         answers = engine.generate(prompts, Sampling(temperature=0.0, max_tokens=12, logprobs=0))
+        preemptions = engine.engine.stats().preemptions
+        engine.engine.speculation = Guesses({(number, 0): answer.token_ids for number, answer in enumerate(answers)})
+        guessed = engine.generate(prompts, Sampling(temperature=0.0, max_tokens=12))
         result[family] = Report(
             [answer.token_ids for answer in answers],
             [answer.logprobs for answer in answers],
-            engine.engine.stats().preemptions,
-            sum(parameter.numel() for parameter in engine.shard.runner.model.parameters()),
+            [answer.token_ids for answer in guessed],
+            engine.engine.stats().accepted_tokens,
+            preemptions,
+            engine.shard.runner.weight_bytes,
         )
         engine.close()
     reports.put(result)

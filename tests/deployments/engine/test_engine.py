@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
+from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings as limits
@@ -11,8 +15,9 @@ from hypothesis import strategies as st
 
 from cluster.settings import EngineSettings
 from deployments.engine.batch import Batch
-from deployments.engine.engine import Engine, choice_seed
-from tests.deployments.engine.arithmetic import count_up, request
+from deployments.engine.engine import Engine, Output, Request, choice_seed
+from tests.deployments.engine.arithmetic import Recall, count_up, request
+from tests.deployments.engine.guesses import Guesses
 
 SMALL = EngineSettings(block_size=4, max_sequences=4, max_batch_tokens=16)
 
@@ -145,3 +150,110 @@ def test_batch_survives_the_wire(lengths: tuple[int, ...]) -> None:
     for batch in seen:
         copy = Batch.unpack(batch.pack())
         assert all((getattr(copy, name) == getattr(batch, name)).all() for name in Batch.__slots__)
+
+
+@given(counts=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, max_size=6))
+def test_rows_are_the_last_ones_of_each_sampled_sequence(counts: list[tuple[int, int]]) -> None:
+    wanted = [min(pair) for pair in counts]
+    empty = np.zeros(0, np.int32)
+    sampled = np.repeat(np.arange(len(counts), dtype=np.int32), wanted)
+    batch = Batch(empty, empty, np.array([count for count, _ in counts], np.int32), sampled, empty)
+    tokens = [(row, place) for row, (count, _) in enumerate(counts) for place in range(count)]
+    expected = [(row, place) for row, place in tokens if place >= counts[row][0] - wanted[row]]
+    assert [tokens[row] for row in batch.rows] == expected
+
+
+def answers(engine: Engine, work: list[Request], aborts: dict[int, int] | None = None) -> dict[tuple[int, int], list[Output]]:
+    """Everything that comes, by request and choice, without what depends on the prefix cache. `aborts`: request by step."""
+    for item in work:
+        engine.add(item)
+    told: dict[tuple[int, int], list[Output]] = defaultdict(list)
+    step = 0
+    while engine.has_work:
+        if aborts and step in aborts:
+            engine.abort(aborts[step])
+        for output in engine.step():
+            told[output.request_id, output.index].append(msgspec.structs.replace(output, cached=0))
+        engine.scheduler.check_integrity()
+        step += 1
+    assert engine.stats().blocks_used == 0
+    return told
+
+
+def recall(num_blocks: int, **options: Any) -> Engine:
+    settings = SMALL.model_copy(update={"speculation": 0} | options)
+    return Engine.of(Recall(num_blocks, settings.block_size), num_blocks, settings)
+
+
+samplings = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.0, 0.7, 1.5]),
+        "repetition_penalty": st.sampled_from([1.0, 1.0, 1.3]),
+        "presence_penalty": st.sampled_from([0.0, 0.0, 0.5]),
+        "frequency_penalty": st.sampled_from([0.0, 0.0, 0.4]),
+        "top_p": st.sampled_from([1.0, 0.8]),
+        "min_tokens": st.sampled_from([0, 3]),
+        "logit_bias": st.sampled_from([(), ((3, 1.0), (5, -1.0))]),
+        "logprobs": st.sampled_from([None, None, 2]),
+        "n": st.sampled_from([1, 1, 3]),
+        "stop_ids": st.sampled_from([(), (), (4,), (1, 7)]),
+    }
+)
+prompts = st.lists(st.integers(0, 11), min_size=1, max_size=20)
+
+
+@limits(max_examples=100, deadline=None)
+@given(
+    work=st.lists(st.tuples(prompts, st.integers(1, 14), samplings), min_size=1, max_size=6),
+    num_blocks=st.integers(9, 40),
+    lies=st.sampled_from([0.0, 0.2, 0.5, 1.0]),
+    prefix_cache=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_guesses_change_nothing_of_an_answer(
+    work: list[tuple[list[int], int, dict[str, Any]]], num_blocks: int, lies: float, prefix_cache: bool, seed: int
+) -> None:
+    requests = [request(number, prompt, length, **options) for number, (prompt, length, options) in enumerate(work)]
+    expected = answers(recall(200, prefix_cache=False), requests)
+    guessing = recall(num_blocks, prefix_cache=prefix_cache)
+    right = {key: [output.token for output in outputs] for key, outputs in expected.items()}
+    guessing.speculation = Guesses(right, lies=lies, seed=seed)
+    assert answers(guessing, requests) == expected
+    stats = guessing.stats()
+    assert stats.output_tokens == sum(map(len, right.values()))
+    assert stats.accepted_tokens <= stats.drafted_tokens
+
+
+def test_abort_between_guesses_leaves_the_others_alone() -> None:
+    work = [request(number, [number, 1, 2], 20, temperature=0.8) for number in range(4)]
+    expected = answers(recall(200), work)
+    guessing = recall(30)
+    guessing.speculation = Guesses({key: [output.token for output in outputs] for key, outputs in expected.items()})
+    told = answers(guessing, work, aborts={1: 2, 3: 0})
+    assert {key: told[key] for key in ((1, 0), (3, 0))} == {key: expected[key] for key in ((1, 0), (3, 0))}
+    assert all(told[key] == expected[key][: len(told[key])] for key in expected)
+    assert guessing.stats().aborted == 2
+
+
+def test_right_guesses_save_steps() -> None:
+    work = [request(1, [5, 3], 40)]
+    plain = recall(40)
+    right = {key: [output.token for output in outputs] for key, outputs in answers(plain, work).items()}
+    guessing = recall(40)
+    guessing.speculation = Guesses(right, lies=0.0, limit=6)
+    answers(guessing, work)
+    stats = guessing.stats()
+    assert stats.accepted_tokens == stats.drafted_tokens > 20
+    assert stats.steps == plain.stats().steps - stats.accepted_tokens
+
+
+def test_prompt_lookup_itself_changes_nothing_and_is_right_where_text_repeats() -> None:
+    """Prompts in chunks, a pool that preempts, many at once: with the drafter and the policy that serve."""
+    work = [request(number, [number % 12, 3, number % 5] * 5, 60, n=2) for number in range(6)]
+    expected = answers(recall(300), work)
+    guessing = recall(60, speculation=8)
+    guessing.clock = itertools.count().__next__  # every step takes the same time, so that a row is free
+    assert answers(guessing, work) == expected
+    stats = guessing.stats()
+    assert stats.preemptions > 0
+    assert stats.accepted_tokens > 50

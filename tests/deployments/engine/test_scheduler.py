@@ -144,6 +144,47 @@ def test_choices_run_even_when_their_leader_was_aborted() -> None:
     assert follower.num_output == 2
 
 
+def test_guesses_take_only_what_budget_and_blocks_leave() -> None:
+    scheduler = make_scheduler(num_blocks=5, block_size=4, max_batch_tokens=16, prefix_cache=False)
+    first, second = make_sequence([1] * 6, 14), make_sequence([2] * 5, 14)
+    scheduler.add(first)
+    scheduler.add(second)
+    advance(scheduler)
+    slices = scheduler.extend(scheduler.schedule(), [[7] * 20, [7] * 20])
+    assert {item.sequence: item.width for item in slices} == {first: 2, second: 7}, "two blocks each, and the fifth for one"
+    assert scheduler.pool.num_available == 0
+    assert scheduler.num_preemptions == 0
+    scheduler.max_batch_tokens = 6
+    scheduler.commit(slices)
+    for item in slices:
+        item.sequence.append(7)
+        scheduler.accept(item.sequence, 0)
+    assert scheduler.pool.num_available == 1, "the block that held guesses alone is back"
+    slices = scheduler.extend(scheduler.schedule(), [[7] * 20, [7] * 20])
+    assert sum(item.width for item in slices) == 6
+
+
+def test_block_with_a_wrong_guess_is_never_shared() -> None:
+    scheduler = make_scheduler(num_blocks=64, block_size=4)
+    sequence = make_sequence([1, 2, 3], 9)
+    scheduler.add(sequence)
+    advance(scheduler, 4)
+    [item] = scheduler.extend(scheduler.schedule(), [[5, 6, 7, 8, 9]])
+    scheduler.commit([item])
+    for token in (5, 9):
+        sequence.append(token)
+    scheduler.accept(sequence, 1)
+    assert (sequence.num_computed, sequence.num_pending) == (5, 1)
+    assert sequence.num_sealed == 1
+    scheduler.finish(sequence)
+    for tokens, cached in (([1, 2, 3, 4, 5, 6, 7, 8, 0], 4), ([1, 2, 3, 4, 5, 9, 0, 0, 0], 4)):
+        again = make_sequence(tokens, 1)
+        scheduler.add(again)
+        scheduler.schedule()
+        assert again.num_cached == cached
+        scheduler.finish(again)
+
+
 def test_finishing_twice_frees_once() -> None:
     scheduler = make_scheduler()
     sequence = make_sequence([1] * 9, 4)
@@ -211,23 +252,40 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not sequence.blocks
 
     @precondition(lambda self: self.alive)
-    @rule(token=st.integers(0, 2))
-    def step(self, token: int) -> None:
+    @rule(
+        tokens=st.lists(st.integers(0, 2), min_size=5, max_size=5),
+        drafts=st.lists(st.lists(st.integers(0, 2), max_size=4), min_size=4, max_size=4),
+    )
+    def step(self, tokens: list[int], drafts: list[list[int]]) -> None:
+        """The model says `tokens`, if it comes so far; every slice that samples tries a draft."""
         oldest = next(iter(self.scheduler.running), None)
         slices = self.scheduler.schedule()
         assert slices
-        assert sum(item.count for item in slices) <= self.scheduler.max_batch_tokens
-        assert len({id(item.sequence) for item in slices}) == len(slices)
+        preemptions, alone = self.scheduler.num_preemptions, {id(item.sequence): item.count for item in slices}
+        room = [item.sequence.max_tokens - item.sequence.num_output - 1 if item.samples else 0 for item in slices]
+        slices = self.scheduler.extend(slices, [draft[:most] for draft, most in zip(drafts, room, strict=False)])
+        assert self.scheduler.num_preemptions == preemptions
+        assert len(alone) == len(slices)
+        assert {id(item.sequence): item.count for item in slices} == alone, "a guess takes nobody's place"
+        assert sum(item.width for item in slices) <= self.scheduler.max_batch_tokens
         assert oldest is None or oldest in [item.sequence for item in slices], "the oldest always advances"
-        assert all(len(item.sequence.blocks) * 2 >= item.start + item.count for item in slices), "no block for a scheduled token"
+        assert all(len(item.sequence.blocks) * 2 >= item.start + item.width for item in slices), "no block for a scheduled token"
         self.scheduler.commit(slices)
         for item in slices:
-            if item.start + item.count == len(item.sequence.tokens):
-                item.sequence.append(token)
-                self.expected[id(item.sequence)].append(token)
-                if item.sequence.finish_reason:
-                    self.scheduler.finish(item.sequence)
-                    self.alive.remove(item.sequence)
+            if item.samples:
+                self.take(item, tokens)
+
+    def take(self, item: Slice, tokens: list[int]) -> None:
+        sequence, guesses = item.sequence, [*item.draft, None]
+        for place, (token, guess) in enumerate(zip(tokens, guesses, strict=False)):
+            sequence.append(token)
+            self.expected[id(sequence)].append(token)
+            if token != guess or sequence.finish_reason:
+                self.scheduler.accept(sequence, place)
+                break
+        if sequence.finish_reason:
+            self.scheduler.finish(sequence)
+            self.alive.remove(sequence)
 
     @invariant()
     def sound(self) -> None:
@@ -236,6 +294,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert pool.num_used + pool.num_free + pool.num_cached == pool.num_blocks
         assert all(sequence.tokens == self.expected[id(sequence)] for sequence in self.alive)
         assert {id(s) for s in self.alive} == {id(s) for s in [*self.scheduler.waiting, *self.scheduler.running]}
+        for s in self.scheduler.running:  # a prompt has its blocks from the beginning
+            assert pool.blocks_for(s.num_computed) <= len(s.blocks) <= pool.blocks_for(len(s.tokens)), "a block holds guesses alone"
 
     def teardown(self) -> None:
         bound = sum(len(s.tokens) + s.max_tokens for s in self.alive) * 20 + 10

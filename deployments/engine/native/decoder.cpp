@@ -1,0 +1,377 @@
+// A whole step of a Llama-like model in one call: embeddings, layers, logits. Threads work in lockstep; no tensor is allocated.
+//
+// The stream between layers stays in float32; what enters a product is rounded to the weights' type once. `decoder.py` describes
+// the model and owns every buffer named here but the workspace.
+#include <atomic>
+#include <chrono>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "attention.h"
+#include "linear.h"
+#include "norm.h"
+#include "team.h"
+
+namespace mmaas {
+
+// Sums `count` numbers over all ranks, in place; anything but 0 breaks the step off.
+using Reduce = int (*)(void* context, float* numbers, int64_t count);
+
+struct Layer {
+    Matrix attention_in;   // queries, keys and values, one under the other
+    Matrix attention_out;
+    Matrix mlp_in;         // in each panel 16 gates, then the 16 numbers they gate
+    Matrix mlp_out;
+    const float* input_norm;
+    const float* query_norm;      // per head, or null
+    const float* key_norm;
+    const float* attention_norm;  // of the attention's output, or null
+    const float* mlp_input_norm;
+    const float* mlp_norm;        // of the MLP's output, or null
+    void* keys;
+    void* values;
+    float scale;
+    float softcap;
+    int64_t window;
+};
+
+struct Model {
+    const Layer* layers;
+    int64_t num_layers;
+    int64_t hidden;
+    int64_t heads;
+    int64_t kv_heads;
+    int64_t head_size;
+    int64_t rotary_size;
+    int64_t max_positions;
+    int64_t vocabulary;
+    int64_t block_size;
+    int64_t activation;
+    int64_t is_float32;
+    const void* embeddings;  // vocabulary x hidden
+    const float* cosines;    // max_positions x rotary_size/2
+    const float* sines;
+    const float* final_norm;
+    Matrix head;
+    int64_t head_offset;  // the first of the hidden numbers that this rank's part of the head takes
+    float eps;
+    float embedding_scale;
+    float residual_scale;
+    float logit_scale;
+    float logit_softcap;  // 0: none
+    int32_t threads;
+    Reduce reduce;  // null: this rank is alone
+    void* reduce_context;
+};
+
+// A step's work, as `Batch` has it: S sequences with T new tokens, R rows whose logits are wanted.
+struct Step {
+    const int32_t* tokens;  // T
+    const int32_t* starts;  // S
+    const int32_t* counts;  // S
+    const int32_t* tables;  // S x width
+    const int64_t* rows;    // R
+    int64_t num_tokens;
+    int64_t num_sequences;
+    int64_t num_rows;
+    int64_t width;
+    float* logits;  // R x vocabulary
+};
+
+enum Phase : int { EMBED, NORM, LINEAR, ROTARY, ATTENTION, REDUCE, LOGITS, NUM_PHASES };
+
+// Seconds of the leading thread in each kind of work, barriers included.
+struct Clock {
+    double seconds[NUM_PHASES] = {};
+    std::chrono::steady_clock::time_point last;
+
+    void start() { last = std::chrono::steady_clock::now(); }
+    void count(Phase phase) {
+        const auto now = std::chrono::steady_clock::now();
+        seconds[phase] += std::chrono::duration<double>(now - last).count();
+        last = now;
+    }
+};
+
+enum Failure : int { LOST = -1, OUT_OF_MEMORY = -2 };
+
+class AnyDecoder {
+  public:
+    virtual ~AnyDecoder() = default;
+    virtual int run(const Step& step) = 0;
+    Clock clock;
+};
+
+template <class E>
+class Decoder : public AnyDecoder {
+    using Value = typename E::Value;
+
+  public:
+    explicit Decoder(const Model& model) : m_(model), layers_(model.layers, model.layers + model.num_layers), team_(model.threads) {
+        scratch_.resize(size_t(model.threads));
+    }
+
+    int run(const Step& step) override {
+        try {
+            prepare(step);
+        } catch (const std::bad_alloc&) {
+            return OUT_OF_MEMORY;
+        }
+        failed_ = false;
+        team_.run([&](int rank) { forward(step, rank); });
+        return failed_ ? LOST : 0;
+    }
+
+  private:
+    struct Tile {
+        int64_t sequence;
+        int64_t first;  // first row, counted in (token of the step) x (heads of a group)
+        int rows;
+    };
+
+    const Model m_;
+    const std::vector<Layer> layers_;
+    Team team_;
+    std::vector<Scratch<E>> scratch_;
+    std::vector<float> stream_, part_, projected_;  // T x hidden, T x hidden, T x (heads + 2 kv_heads) x head_size
+    std::vector<Value> input_, queries_, mixed_, gated_;
+    std::vector<int64_t> positions_, sequences_;  // T
+    std::vector<Tile> tiles_;
+    std::atomic<bool> failed_ = false;
+
+    int64_t group() const { return m_.heads / m_.kv_heads; }
+    int64_t projected_width() const { return (m_.heads + 2 * m_.kv_heads) * m_.head_size; }
+    int64_t gated_width() const { return layers_[0].mlp_out.inputs; }
+
+    template <class T>
+    static void grow(std::vector<T>& vector, int64_t size) {
+        if (int64_t(vector.size()) < size) vector.resize(size_t(size));
+    }
+
+    void prepare(const Step& step) {
+        const int64_t tokens = step.num_tokens;
+        grow(stream_, tokens * m_.hidden);
+        grow(part_, tokens * m_.hidden);
+        grow(input_, tokens * m_.hidden);
+        grow(projected_, tokens * projected_width());
+        grow(queries_, tokens * m_.heads * m_.head_size);
+        grow(mixed_, tokens * m_.heads * m_.head_size);
+        grow(gated_, tokens * gated_width());
+        positions_.clear();
+        sequences_.clear();
+        tiles_.clear();
+        for (int64_t sequence = 0; sequence < step.num_sequences; ++sequence) {
+            const int64_t first = int64_t(positions_.size()) * group(), rows = step.counts[sequence] * group();
+            const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                const int64_t from = rows * tile / tiles, to = rows * (tile + 1) / tiles;
+                tiles_.push_back({sequence, first + from, int(to - from)});
+            }
+            for (auto& scratch : scratch_) scratch.hold(step.starts[sequence] + step.counts[sequence] + 2 * LANES);
+            for (int32_t token = 0; token < step.counts[sequence]; ++token) {
+                positions_.push_back(step.starts[sequence] + token);
+                sequences_.push_back(sequence);
+            }
+        }
+    }
+
+    void forward(const Step& step, int rank) {
+        if (rank == 0) clock.start();
+        const Range rows = Range::part(step.num_tokens, rank, team_.size());
+        embed(step, rows);
+        norm(layers_[0].input_norm, rows);
+        meet(rank, EMBED);
+        for (int64_t index = 0; index < m_.num_layers; ++index) {
+            const Layer& layer = layers_[size_t(index)];
+            const float* next = index + 1 < m_.num_layers ? layers_[size_t(index + 1)].input_norm : nullptr;
+            project(layer.attention_in, step.num_tokens, rank);
+            meet(rank, LINEAR);
+            place(layer, step, rank);
+            team_.reset_pieces();
+            meet(rank, ROTARY);
+            attention(layer, step, rank);
+            meet(rank, ATTENTION);
+            finish(layer.attention_out, mixed_.data(), layer.attention_norm, layer.mlp_input_norm, step.num_tokens, rank);
+            gate(layer.mlp_in, step.num_tokens, rank);
+            meet(rank, LINEAR);
+            finish(layer.mlp_out, gated_.data(), layer.mlp_norm, next, step.num_tokens, rank);
+            if (failed_) return;
+        }
+        if (step.num_rows == 0) return;
+        last_norm(step, Range::part(step.num_rows, rank, team_.size()));
+        meet(rank, NORM);
+        logits(step, rank);
+    }
+
+    void meet(int rank, Phase phase) {
+        team_.barrier();
+        if (rank == 0) clock.count(phase);
+    }
+
+    Range panels(const Matrix& matrix, int rank) const { return Range::part(matrix.num_panels, rank, team_.size()); }
+
+    void embed(const Step& step, Range rows) {
+        const auto* table = static_cast<const Value*>(m_.embeddings);
+        for (int64_t row = rows.first; row < rows.last; ++row)
+            for (int64_t i = 0; i < m_.hidden; i += LANES)
+                store(&stream_[row * m_.hidden + i], E::widen(table + step.tokens[row] * m_.hidden + i) * m_.embedding_scale);
+    }
+
+    void norm(const float* weight, Range rows) {
+        for (int64_t row = rows.first; row < rows.last; ++row)
+            rms_norm(&stream_[row * m_.hidden], weight, m_.hidden, m_.eps,
+                     [&](int64_t i, Floats v) { E::narrow(&input_[row * m_.hidden + i], v); });
+    }
+
+    void project(const Matrix& matrix, int64_t num_rows, int rank) {
+        const int64_t width = projected_width();
+        multiply<E>(matrix, input_.data(), m_.hidden, num_rows, panels(matrix, rank), [&](int64_t row, int64_t panel, const float* sums) {
+            std::copy_n(sums, std::min<int64_t>(PANEL, width - panel * PANEL), &projected_[row * width + panel * PANEL]);
+        });
+    }
+
+    // Turn queries and keys to their positions; put keys and values into their pages, queries in the order that attention reads.
+    void place(const Layer& layer, const Step& step, int rank) {
+        const int64_t all = m_.heads + 2 * m_.kv_heads, size = m_.head_size;
+        const Range part = Range::part(step.num_tokens * all, rank, team_.size());
+        for (int64_t item = part.first; item < part.last; ++item) {
+            const int64_t row = item / all, head = item % all, position = positions_[size_t(row)];
+            float* numbers = &projected_[item * size];
+            if (head < m_.heads) {
+                turn(numbers, layer.query_norm, position);
+                const int64_t kv_head = head / group(), at = (kv_head * step.num_tokens + row) * group() + head % group();
+                for (int64_t i = 0; i < size; i += LANES) E::narrow(&queries_[at * size + i], load<Floats>(numbers + i));
+                continue;
+            }
+            const bool is_key = head < m_.heads + m_.kv_heads;
+            const Pages pages = pages_of(step, sequences_[size_t(row)]);
+            const int64_t kv_head = (head - m_.heads) % m_.kv_heads, at = pages.at(position / m_.block_size, kv_head);
+            if (is_key) {
+                turn(numbers, layer.key_norm, position);
+                write_key<E>(static_cast<Value*>(layer.keys) + at, size, position % m_.block_size, numbers);
+            } else {
+                const bool is_last = row + 1 == step.num_tokens || sequences_[size_t(row + 1)] != sequences_[size_t(row)];
+                write_value<E>(static_cast<Value*>(layer.values) + at, size, position % m_.block_size, numbers, is_last);
+            }
+        }
+    }
+
+    void turn(float* head, const float* weight, int64_t position) {
+        if (weight) rms_norm(head, weight, m_.head_size, m_.eps, [&](int64_t i, Floats v) { store(head + i, v); });
+        const int64_t half = m_.rotary_size / 2;
+        rotate(head, m_.cosines + position * half, m_.sines + position * half, m_.rotary_size);
+    }
+
+    Pages pages_of(const Step& step, int64_t sequence) const {
+        return {m_.block_size, m_.kv_heads, m_.head_size, step.tables + sequence * step.width};
+    }
+
+    void attention(const Layer& layer, const Step& step, int rank) {
+        const Softmax rule = {layer.scale, layer.softcap, layer.window};
+        const int64_t pieces = int64_t(tiles_.size()) * m_.kv_heads, size = m_.head_size;
+        for (int64_t piece; (piece = team_.next_piece()) < pieces;) {
+            const Tile& tile = tiles_[size_t(piece / m_.kv_heads)];
+            const int64_t head = piece % m_.kv_heads;
+            int64_t positions[MAX_ROWS];
+            Value* out[MAX_ROWS];
+            for (int row = 0; row < tile.rows; ++row) {
+                const int64_t token = (tile.first + row) / group(), member = (tile.first + row) % group();
+                positions[row] = positions_[size_t(token)];
+                out[row] = &mixed_[(token * m_.heads + head * group() + member) * size];
+            }
+            const Value* queries = &queries_[(head * step.num_tokens * group() + tile.first) * size];
+            with_rows(tile.rows, [&](auto count) {
+                attend<E, count>(queries, size, positions, out, static_cast<const Value*>(layer.keys),
+                                 static_cast<const Value*>(layer.values), pages_of(step, tile.sequence), head, rule,
+                                 scratch_[size_t(rank)]);
+            });
+        }
+    }
+
+    void gate(const Matrix& matrix, int64_t num_rows, int rank) {
+        const int64_t width = gated_width();
+        multiply<E>(matrix, input_.data(), m_.hidden, num_rows, panels(matrix, rank), [&](int64_t row, int64_t panel, const float* sums) {
+            const Floats gates = activate(Activation(m_.activation), load<Floats>(sums));
+            E::narrow(&gated_[row * width + panel * LANES], gates * load<Floats>(sums + LANES));
+        });
+    }
+
+    // The end of a half layer: product, sum over ranks, its own norm if it has one, into the stream, and the next half's norm.
+    void finish(const Matrix& matrix, const Value* x, const float* own_norm, const float* next_norm, int64_t num_rows, int rank) {
+        const bool direct = !m_.reduce && !own_norm;
+        float* to = direct ? stream_.data() : part_.data();
+        multiply<E>(matrix, x, matrix.inputs, num_rows, panels(matrix, rank), [&](int64_t row, int64_t panel, const float* sums) {
+            float* out = to + row * m_.hidden + panel * PANEL;
+            const int64_t count = std::min<int64_t>(PANEL, m_.hidden - panel * PANEL);
+            for (int64_t i = 0; i < count; i += LANES) {
+                const Floats s = load<Floats>(sums + i);
+                store(out + i, direct ? load<Floats>(out + i) + s * m_.residual_scale : s);
+            }
+        });
+        meet(rank, LINEAR);
+        if (m_.reduce) {
+            if (rank == 0 && m_.reduce(m_.reduce_context, part_.data(), num_rows * m_.hidden)) failed_ = true;
+            meet(rank, REDUCE);
+        }
+        const Range rows = Range::part(num_rows, rank, team_.size());
+        if (!direct) add(own_norm, rows);
+        if (next_norm) norm(next_norm, rows);
+        meet(rank, NORM);
+    }
+
+    void add(const float* weight, Range rows) {
+        for (int64_t row = rows.first; row < rows.last; ++row) {
+            float *part = &part_[row * m_.hidden], *stream = &stream_[row * m_.hidden];
+            if (weight) rms_norm(part, weight, m_.hidden, m_.eps, [&](int64_t i, Floats v) { store(part + i, v); });
+            for (int64_t i = 0; i < m_.hidden; i += LANES)
+                store(stream + i, load<Floats>(stream + i) + load<Floats>(part + i) * m_.residual_scale);
+        }
+    }
+
+    void last_norm(const Step& step, Range rows) {
+        for (int64_t row = rows.first; row < rows.last; ++row)
+            rms_norm(&stream_[step.rows[row] * m_.hidden], m_.final_norm, m_.hidden, m_.eps,
+                     [&](int64_t i, Floats v) { E::narrow(&input_[row * m_.hidden + i], v); });
+    }
+
+    void logits(const Step& step, int rank) {
+        const Value* x = input_.data() + m_.head_offset;
+        multiply<E>(m_.head, x, m_.hidden, step.num_rows, panels(m_.head, rank), [&](int64_t row, int64_t panel, float* sums) {
+            const int64_t count = std::min<int64_t>(PANEL, m_.vocabulary - panel * PANEL);
+            std::copy_n(sums, count, step.logits + row * m_.vocabulary + panel * PANEL);
+        });
+        meet(rank, LOGITS);
+        if (m_.reduce && m_.head.inputs < m_.hidden) {
+            if (rank == 0 && m_.reduce(m_.reduce_context, step.logits, step.num_rows * m_.vocabulary)) failed_ = true;
+            meet(rank, REDUCE);
+        }
+        if (m_.logit_scale == 1 && m_.logit_softcap == 0) return;
+        const Range part = Range::part(step.num_rows * m_.vocabulary, rank, team_.size());
+        for (int64_t i = part.first; i < part.last; ++i) {
+            step.logits[i] *= m_.logit_scale;
+            if (m_.logit_softcap > 0) step.logits[i] = std::tanh(step.logits[i] / m_.logit_softcap) * m_.logit_softcap;
+        }
+    }
+};
+
+}  // namespace mmaas
+
+extern "C" {
+
+void* mmaas_decoder_new(const mmaas::Model* model) {
+    if (model->is_float32) return new mmaas::Decoder<mmaas::Float32>(*model);
+    return new mmaas::Decoder<mmaas::BFloat16>(*model);
+}
+
+int mmaas_decoder_run(void* decoder, const mmaas::Step* step) { return static_cast<mmaas::AnyDecoder*>(decoder)->run(*step); }
+
+// The seconds spent in each phase since the last call, in the order of `Phase`.
+void mmaas_decoder_profile(void* decoder, double* seconds) {
+    auto& clock = static_cast<mmaas::AnyDecoder*>(decoder)->clock;
+    for (int phase = 0; phase < mmaas::NUM_PHASES; ++phase) seconds[phase] = std::exchange(clock.seconds[phase], 0.0);
+}
+
+void mmaas_decoder_delete(void* decoder) { delete static_cast<mmaas::AnyDecoder*>(decoder); }
+
+}

@@ -1,0 +1,231 @@
+"""A rank's model through the compiled decoder: same door as `Runner`, same logits, several times faster.
+
+`prove` is the way in: it packs the weights of a transformers module, layer by layer, giving the module's own memory back, and
+compares its logits with those that the module gave before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deployments.engine.batch import Batch
+from deployments.engine.native.build import library
+from deployments.engine.native.description import Description, LayerDescription
+from deployments.engine.native.packing import PANEL, Arena, CMatrix, interleave, joined, pack, packed_bytes, padded_bias
+
+PHASES = ("embed", "norm", "linear", "rotary", "attention", "reduce", "logits")
+"""Of decoder.cpp, in its order."""
+
+AllReduce = Callable[[Tensor], None]
+"""Sums a float32 tensor over all ranks, in place."""
+
+_Reduce = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_float), ctypes.c_int64)
+_Pointer, _Int, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *[(name, CMatrix) for name in ("attention_in", "attention_out", "mlp_in", "mlp_out")],
+        *[(name, _Pointer) for name in ("input_norm", "query_norm", "key_norm", "attention_norm", "mlp_input_norm", "mlp_norm")],
+        *[(name, _Pointer) for name in ("keys", "values")],
+        ("scale", _Float),
+        ("softcap", _Float),
+        ("window", _Int),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        ("layers", ctypes.POINTER(_Layer)),
+        *[(name, _Int) for name in ("num_layers", "hidden", "heads", "kv_heads", "head_size", "rotary_size", "max_positions")],
+        *[(name, _Int) for name in ("vocabulary", "block_size", "activation", "is_float32")],
+        *[(name, _Pointer) for name in ("embeddings", "cosines", "sines", "final_norm")],
+        ("head", CMatrix),
+        ("head_offset", _Int),
+        *[(name, _Float) for name in ("eps", "embedding_scale", "residual_scale", "logit_scale", "logit_softcap")],
+        ("threads", ctypes.c_int32),
+        ("reduce", _Reduce),
+        ("reduce_context", _Pointer),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *[(name, _Pointer) for name in ("tokens", "starts", "counts", "tables", "rows")],
+        *[(name, _Int) for name in ("num_tokens", "num_sequences", "num_rows", "width")],
+        ("logits", _Pointer),
+    ]
+
+
+class Decoder:
+    """Owns packed weights, pages and the threads that work on them. `all_reduce` is None for a rank that is alone."""
+
+    def __init__(
+        self,
+        model: Description,
+        *,
+        num_blocks: int,
+        block_size: int,
+        threads: int,
+        cache: Path,
+        rank: int = 0,
+        all_reduce: AllReduce | None = None,
+    ) -> None:
+        self._library = _declared(library(cache))
+        self._model, self._rank = model, rank
+        self._all_reduce = all_reduce
+        self._failure: BaseException | None = None
+        self._kept: list[Any] = []  # what the decoder has addresses of
+        self._arena = Arena(_total_bytes(model))
+        pages = num_blocks * block_size * model.kv_heads * model.head_size
+        # A page that was never written costs nothing: numpy's zeros are the kernel's.
+        self._pages = [np.zeros((2, pages), np.dtype(f"i{model.dtype.itemsize}")) for _ in model.layers]
+        self._layers = (_Layer * len(model.layers))(*[self._layer(*pair) for pair in zip(model.layers, self._pages, strict=True)])
+        self._reduce = _Reduce(self._on_reduce) if all_reduce else _Reduce()
+        described = self._described(block_size, threads)
+        if model.head.weight is not model.embeddings:
+            _free(model.head)
+        self._handle = self._library.mmaas_decoder_new(ctypes.byref(described))
+
+    def run(self, batch: Batch) -> Tensor:
+        """`R x V` float32 logits, one row for each of `batch.rows`."""
+        tokens, starts, counts, tables = (
+            np.ascontiguousarray(a, np.int32) for a in (batch.tokens, batch.starts, batch.counts, batch.tables)
+        )
+        rows = np.ascontiguousarray(batch.rows, np.int64)
+        logits = torch.empty(len(rows), self._model.vocabulary)
+        arrays = [array.ctypes.data for array in (tokens, starts, counts, tables, rows)]
+        step = _Step(*arrays, len(tokens), len(starts), len(rows), tables.shape[1], logits.data_ptr())
+        if self._library.mmaas_decoder_run(self._handle, ctypes.byref(step)):
+            raise self._failure or MemoryError(f"no memory for a step of {len(tokens)} tokens")
+        return logits
+
+    def profile(self) -> dict[str, float]:
+        """Seconds in each kind of work since the last call."""
+        seconds = (ctypes.c_double * len(PHASES))()
+        self._library.mmaas_decoder_profile(self._handle, seconds)
+        return dict(zip(PHASES, seconds, strict=True))
+
+    def close(self) -> None:
+        """End the threads. The decoder must not be used any more."""
+        if self._handle:
+            self._library.mmaas_decoder_delete(self._handle)
+            self._handle = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._arena.num_bytes + self._model.embeddings.nbytes
+
+    def _layer(self, layer: LayerDescription, pages: np.ndarray[Any, Any]) -> _Layer:
+        qkv = layer.qkv
+        attention_out, mlp_out = layer.outputs
+        described = _Layer(
+            self._matrix(torch.cat([part.weight for part in qkv]), _bias_of(qkv)),
+            self._summed(attention_out),
+            self._matrix(interleave(*layer.gate_up), None),
+            self._summed(mlp_out),
+            *[self._address(norm) for norm in (layer.input_norm, layer.query_norm, layer.key_norm)],
+            *[self._address(norm) for norm in (layer.attention_norm, layer.mlp_input_norm, layer.mlp_norm)],
+            pages[0].ctypes.data,
+            pages[1].ctypes.data,
+            layer.call.scale,
+            layer.call.softcap or 0.0,
+            layer.call.window or 0,
+        )
+        for module in (layer.attention, layer.mlp):
+            _free(module)
+        return described
+
+    def _summed(self, module: Any) -> CMatrix:
+        """A linear whose results are summed over ranks: one of them adds the bias."""
+        bias = None if self._rank else getattr(module, "bias", None)
+        return self._matrix(_padded_inputs(module.weight), bias)
+
+    def _matrix(self, weight: Tensor, bias: Tensor | None) -> CMatrix:
+        with torch.no_grad():
+            panels = pack(weight.detach().to(self._model.dtype), self._arena)
+        self._kept.append(panels)
+        outputs, inputs = weight.shape
+        return CMatrix(panels.data_ptr(), self._address(padded_bias(bias, outputs)), len(panels), inputs, outputs)
+
+    def _address(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        tensor = tensor.detach()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _described(self, block_size: int, threads: int) -> _Model:
+        m = self._model
+        return _Model(
+            self._layers,
+            *[len(m.layers), m.hidden, m.heads, m.kv_heads, m.head_size, m.rotary_size, m.max_positions],
+            *[m.vocabulary, block_size, m.activation, m.dtype is torch.float32],
+            *[self._address(tensor.contiguous()) for tensor in (m.embeddings, m.cosines, m.sines, m.final_norm)],
+            self._summed(m.head),
+            m.head_offset,
+            *[m.eps, m.embedding_scale, m.residual_scale, m.logit_scale, m.logit_softcap],
+            threads,
+            self._reduce,
+            None,
+        )
+
+    def _on_reduce(self, _: Any, numbers: Any, count: int) -> int:
+        """Called from inside a step, on the thread that called `run`. Raises nothing: an exception can't cross C++."""
+        assert self._all_reduce
+        try:
+            self._all_reduce(torch.from_numpy(np.ctypeslib.as_array(numbers, (count,))))
+        except BaseException as error:
+            self._failure = error  # `run` raises it
+            return -1
+        return 0
+
+
+def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    loaded.mmaas_decoder_new.restype = _Pointer
+    loaded.mmaas_decoder_new.argtypes = [ctypes.POINTER(_Model)]
+    loaded.mmaas_decoder_run.argtypes = [_Pointer, ctypes.POINTER(_Step)]
+    loaded.mmaas_decoder_profile.argtypes = [_Pointer, ctypes.POINTER(ctypes.c_double)]
+    loaded.mmaas_decoder_delete.argtypes = [_Pointer]
+    return loaded
+
+
+def _bias_of(parts: list[Any]) -> Tensor | None:
+    return joined([getattr(part, "bias", None) for part in parts], [part.weight.shape[0] for part in parts])
+
+
+def _padded_inputs(weight: Tensor) -> Tensor:
+    """The MLP's inner width is rounded up to half a panel, as `interleave` does with its outputs."""
+    return torch.nn.functional.pad(weight, (0, -weight.shape[1] % (PANEL // 2)))
+
+
+def _total_bytes(m: Description) -> int:
+    itemsize = m.dtype.itemsize
+
+    def of(weight: Any) -> int:
+        return packed_bytes(weight.shape[0], weight.shape[1], itemsize)
+
+    total = of(m.head.weight)
+    for layer in m.layers:
+        attention_out, _ = layer.outputs
+        inner = -(-layer.gate_up[0].shape[0] // (PANEL // 2)) * (PANEL // 2)
+        total += packed_bytes(sum(part.weight.shape[0] for part in layer.qkv), m.hidden, itemsize)
+        total += of(attention_out.weight) + packed_bytes(2 * inner, m.hidden, itemsize) + packed_bytes(m.hidden, inner, itemsize)
+    return total
+
+
+def _free(module: nn.Module) -> None:
+    """Give back the memory of weights that are packed now."""
+    for parameter in module.parameters():
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
