@@ -27,6 +27,7 @@ FIRST_TOKEN = Histogram("mmaas_gateway_first_token_seconds", "Arrival to first t
 ENGINE: Mapping[str, tuple[type[GaugeMetricFamily] | type[CounterMetricFamily], str, str]] = {
     "running": (GaugeMetricFamily, "mmaas_engine_running", "Sequences in the running batch"),
     "waiting": (GaugeMetricFamily, "mmaas_engine_waiting", "Sequences that wait for a place in the batch"),
+    "waiting_batch": (GaugeMetricFamily, "mmaas_engine_waiting_batch", "Of these, of the class that yields (service_tier flex)"),
     "streams": (GaugeMetricFamily, "mmaas_engine_streams", "Requests that a replica works on or holds in its queue"),
     "blocks_total": (GaugeMetricFamily, "mmaas_engine_kv_blocks", "Blocks of the KV cache"),
     "blocks_used": (GaugeMetricFamily, "mmaas_engine_kv_blocks_used", "KV blocks that running sequences hold"),

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
+Priority = Literal["interactive", "batch"]
+"""Classes of service: `batch` yields to `interactive`, and gets a small share of a busy model."""
 
 NAME = re.compile(r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?\Z")
 """Names of models and deployments: lower case, digits, `.`, `_` and `-`, at most 63 characters, never a path."""
@@ -90,6 +92,7 @@ class Generate:
     prompt_ids: tuple[int, ...] | None = None
     sampling: Sampling = field(default_factory=Sampling)
     open: frozenset[str] = frozenset()  # fields of `sampling` that the caller left to the model's own defaults
+    priority: Priority = "interactive"
 
 
 @dataclass(frozen=True, slots=True)

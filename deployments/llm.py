@@ -69,9 +69,10 @@ class LLM:
 
     async def generate(self, call: Generate) -> AsyncIterator[Chunk]:
         """Stream one answer. Raises, before the first chunk, InvalidRequest for a prompt that doesn't fit and Overloaded when the
-        queue is full; at any time ReplicaLost. Closing the stream frees what it held."""
+        queue is full, or had to make place in it; at any time ReplicaLost. Closing the stream frees what it held."""
         engine, limits = self._group.engine, self._settings.engine
-        if engine.num_streams >= limits.max_sequences + limits.max_queued:
+        is_full = engine.num_streams >= limits.max_sequences + limits.max_queued
+        if is_full and not engine.make_place(self._opaque(call.tenant, b"flow"), call.priority):
             raise Overloaded(f"{self._deployment.name} has {engine.num_streams} requests at work and waiting", retry_after_s=1)
         request = await self._prepare(call)
         if call.sampling.max_tokens == 0:  # the legacy API counts or echoes a prompt so
@@ -150,8 +151,14 @@ class LLM:
             max_tokens=room if sampling.max_tokens is None else sampling.max_tokens,
             stop_ids=sorted(token for token in stop_ids if 0 <= token < self._model.vocab_size),
             seed=secrets.randbits(SEED_BITS) if sampling.seed is None else sampling.seed,
-            salt=hmac.digest(self._cache_secret, call.tenant.encode(), hashlib.sha256),
+            salt=self._opaque(call.tenant, b"salt"),
+            tenant=self._opaque(call.tenant, b"flow"),
+            priority=call.priority,
         )
+
+    def _opaque(self, tenant: str, use: bytes) -> bytes:
+        """The tenant as the engine knows it: by a name for each use, which says nothing and which nobody can guess."""
+        return hmac.digest(self._cache_secret, use + b"\0" + tenant.encode(), hashlib.sha256)
 
     def _encode(self, call: Generate) -> list[int]:
         if call.messages:

@@ -33,11 +33,9 @@ class Batch:
     @classmethod
     def of(cls, slices: Items[Slice]) -> Batch:
         width = max(len(item.sequence.blocks) for item in slices)
-        tables = np.zeros((len(slices), width), np.int32)
+        tables = bytearray().join([item.sequence.blocks.tobytes().ljust(4 * width, b"\0") for item in slices])
         tokens: list[int] = []
-        for row, item in enumerate(slices):
-            blocks = item.sequence.blocks
-            tables[row, : len(blocks)] = blocks
+        for item in slices:
             tokens += item.sequence.tokens[item.start : item.start + item.count]
             tokens += item.draft
         return cls(
@@ -45,7 +43,7 @@ class Batch:
             np.array([item.start for item in slices], np.int32),
             np.array([item.width for item in slices], np.int32),
             np.array([row for row, item in enumerate(slices) if item.samples for _ in range(1 + len(item.draft))], np.int32),
-            tables,
+            np.frombuffer(tables, np.int32).reshape(len(slices), width),
         )
 
     @property

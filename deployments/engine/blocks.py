@@ -60,6 +60,10 @@ class BlockPool:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def num_alone(self, blocks: Items[int]) -> int:
+        """How many of these held blocks have one reference only, so that its release makes them available."""
+        return sum(self._refs[block] == 1 for block in blocks)
+
     def allocate(self) -> int:
         """A block with one reference and no meaning. The caller has asked `num_available`."""
         if self._free:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cluster.settings import EngineSettings
-from cluster.types import FinishReason, Sampling
+from cluster.types import FinishReason, Priority, Sampling
 from deployments.engine.batch import Batch
 from deployments.engine.blocks import BlockPool
 from deployments.engine.scheduler import Scheduler, Slice
@@ -42,6 +42,8 @@ class Request(msgspec.Struct, frozen=True):
     stop_ids: list[int]
     seed: int
     salt: bytes = b""
+    tenant: bytes = b""  # opaque: whose share of the engine it takes
+    priority: Priority = "interactive"
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
@@ -62,6 +64,7 @@ class Stats(msgspec.Struct):
     steps: int = 0
     running: int = 0
     waiting: int = 0
+    waiting_batch: int = 0
     blocks_total: int = 0
     blocks_used: int = 0
     blocks_cached: int = 0
@@ -115,6 +118,8 @@ class Engine:
                 stop_ids=frozenset(request.stop_ids),
                 seed=choice_seed(request.seed, index),
                 salt=request.salt,
+                tenant=request.tenant,
+                priority=request.priority,
                 leader=leader,
             )
             leader = leader or sequence
@@ -155,6 +160,7 @@ class Engine:
             self._counts,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
+            waiting_batch=scheduler.waiting.batch.num_waiting,
             preemptions=scheduler.num_preemptions,
             blocks_total=pool.num_blocks,
             blocks_used=pool.num_used,

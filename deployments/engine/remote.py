@@ -6,19 +6,23 @@ import asyncio
 import contextlib
 import itertools
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.errors import ReplicaLost
+from cluster.errors import Overloaded, PlatformError, ReplicaLost
+from cluster.types import Priority
 from deployments.engine.channel import Abort, Add, Beat, Command, Tokens, frame, read_report
 from deployments.engine.engine import Output, Request, Stats
 
 
 @dataclass(slots=True)
 class _Stream:
-    queue: asyncio.Queue[list[Output] | ReplicaLost]
+    request: Request
+    queue: asyncio.Queue[list[Output] | PlatformError]
     unfinished: set[int]  # choices
+    is_heard: bool = False  # a token has come
 
 
 class RemoteEngine:
@@ -57,11 +61,11 @@ class RemoteEngine:
     async def generate(self, request: Request) -> AsyncIterator[list[Output]]:
         """The request's outputs as they come, all that have come at once. Leaving early aborts what is unfinished.
 
-        Raises ReplicaLost when the group dies.
+        Raises ReplicaLost when the group dies, Overloaded when it had to make place before its first token.
         """
         if self.lost:
             raise ReplicaLost(self.lost, retry_after_s=5)
-        stream = self._streams[request.id] = _Stream(asyncio.Queue(), set(range(request.sampling.n)))
+        stream = self._streams[request.id] = _Stream(request, asyncio.Queue(), set(range(request.sampling.n)))
         self._send(Add(request))
         try:
             while stream.unfinished:
@@ -69,7 +73,7 @@ class RemoteEngine:
                 stream.unfinished -= {output.index for output in outputs if output.finish_reason}
                 yield outputs
         finally:
-            del self._streams[request.id]
+            self._streams.pop(request.id, None)
             if stream.unfinished:
                 self._send(Abort(request.id))
 
@@ -77,6 +81,22 @@ class RemoteEngine:
         """Stop one choice, whose text has met a stop string. No more outputs of it come."""
         self._streams[request_id].unfinished.discard(index)
         self._send(Abort(request_id, index))
+
+    def make_place(self, tenant: bytes, priority: Priority) -> bool:
+        """Refuse a request that has no token yet in favour of a newcomer, so that nobody can fill the queue against others; False
+        when nobody has to go. `batch` goes before `interactive`, then the newest of the tenant that has most."""
+        held = Counter(stream.request.tenant for stream in self._streams.values())
+        silent = [
+            stream for stream in self._streams.values() if not stream.is_heard and stream.request.priority in ("batch", priority)
+        ]
+        behind = [stream for stream in silent if stream.request.priority != priority]
+        greedy = [stream for stream in silent if held[stream.request.tenant] > held[tenant] + 1]
+        if not (behind or greedy):
+            return False
+        victim = max(behind or greedy, key=lambda stream: (held[stream.request.tenant], stream.request.id))
+        del self._streams[victim.request.id]
+        victim.queue.put_nowait(Overloaded("the queue is full, and others have less in it", retry_after_s=1))
+        return True
 
     def fail(self, reason: str) -> None:
         """The group is gone: every stream ends with an error, and no new one starts."""
@@ -110,15 +130,16 @@ class RemoteEngine:
             by_request.setdefault(output.request_id, []).append(output)
         for request_id, items in by_request.items():
             if stream := self._streams.get(request_id):  # aborted ones have no stream any more
+                stream.is_heard = True
                 stream.queue.put_nowait(items)
 
 
-async def _all(queue: asyncio.Queue[list[Output] | ReplicaLost]) -> list[Output]:
-    """Everything that has come, after waiting for something. Raises ReplicaLost as soon as it is there."""
+async def _all(queue: asyncio.Queue[list[Output] | PlatformError]) -> list[Output]:
+    """Everything that has come, after waiting for something. Raises an error as soon as it is there."""
     outputs: list[Output] = []
     item = await queue.get()
     while True:
-        if isinstance(item, ReplicaLost):
+        if isinstance(item, PlatformError):
             raise item
         outputs += item
         if queue.empty():

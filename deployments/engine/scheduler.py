@@ -1,29 +1,44 @@
 """Which tokens of which sequences are computed in the next step. Pure Python over numbers: no torch, no clock, no thread.
 
 Iteration-level scheduling (Orca, OSDI 2022) over paged memory (PagedAttention, SOSP 2023) with chunked prefill (Sarathi-Serve,
-OSDI 2024). A step is filled in this order:
+OSDI 2024), fair between tenants (`flows.py`). A step is filled in this order:
 
-    1. running sequences, oldest first: a decoder takes one token, an unfinished prompt takes a chunk of what the budget leaves
-    2. waiting sequences, first come first served, as long as slots, budget and blocks for the whole prompt are there
-    3. guessed tokens behind those of the decoders, if somebody guesses, from the budget and the blocks that nobody else took
+    1. every running sequence gets one token of the budget: decoders want no more
+    2. waiting sequences get places as long as slots, budget and blocks for the whole prompt are there, in the order of their flows
+    3. unfinished prompts share what is left of the budget, tenant by tenant
+    4. guessed tokens behind those of the decoders, if somebody guesses, from the budget and the blocks that nobody else took
 
-When a running sequence needs a block and none is left, the newest running one is preempted: its blocks go back and it will be
-recomputed, first in the queue. So the oldest always advances, which is why nothing starves: no sequence is accepted that could
-not finish with the whole pool to itself.
+When a running sequence needs a block and none is left, another is preempted: its blocks go back, and it will be recomputed, first
+in its flow. The victim is of class `batch`, unless that had less than its share; of the tenant that has had most; and the newest of
+that tenant's. Whose turn it is may also displace running sequences of tenants that have had clearly more, and `interactive` those
+of `batch` that run in places which nobody wanted, so that nobody waits for the end of another's long answers.
+
+Nothing starves:
+
+* No sequence is accepted that couldn't finish with the whole pool to itself, and the sequence that has run longest is never
+  preempted. So in every step something advances for good, and one after the other finishes.
+* Whoever waits in vain isn't charged, while those who are served are, and newcomers begin no lower. So after finitely many tokens
+  of the others its flow is first in its class, and its class is first: from then on nothing enters before it, and nothing else
+  than what has run longest can take its place away until it has computed a new token.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from itertools import count
 
 from deployments.engine.blocks import BlockPool, chain
+from deployments.engine.fairness import PROMPT, batch_part, shares
+from deployments.engine.flows import Flow, Flows
 from deployments.engine.sequence import Sequence
 
+MAX_SHARES = 8
+"""Tenants whose prompts are computed at the same time beyond what one step could hold: more would all be slow together."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True, eq=False)  # not frozen: hundreds are made in every step
 class Slice:
     """Tokens `start .. start + count` of one sequence, to be computed in this step, and the guesses that are tried behind them."""
 
@@ -51,9 +66,10 @@ class Scheduler:
         self.max_sequences = min(max_sequences, max_batch_tokens)  # a decoder must never lack a place in the budget
         self.max_batch_tokens = max_batch_tokens
         self.prefix_cache = prefix_cache
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting = Flows()
+        self.running: dict[Sequence, Flow] = {}  # by the time that they have run
         self.num_preemptions = 0
+        self._arrivals = count()
 
     @property
     def has_work(self) -> bool:
@@ -65,24 +81,21 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         assert self.fits(sequence.num_prompt + sequence.max_tokens), "longer than the whole KV cache"
-        self.waiting.append(sequence)
+        sequence.arrival = next(self._arrivals)
+        self.waiting.add(sequence)
 
     def schedule(self) -> list[Slice]:
         """The next step: decoders first, shortest first (the order that attention groups them in). Empty only when there is nothing
         to do."""
-        budget = self.max_batch_tokens - len(self.running)  # beyond the one token that every running sequence may take
         preemptions = self.num_preemptions
-        slices: list[Slice] = []
-        while len(slices) < len(self.running):  # `running` only ever loses its newest, which have no slice yet
-            sequence = self.running[len(slices)]
-            count = min(sequence.num_pending, budget + 1)
-            if not self._make_room(sequence, count):
-                break
-            budget -= count - 1
-            slices.append(Slice(sequence, sequence.num_computed, count))
+        counts: dict[Sequence, int] = {}  # tokens of this step
+        for sequence in tuple(self.running):
+            if sequence in self.running and self._make_room(sequence, counts):
+                counts[sequence] = 1
         if self.num_preemptions == preemptions:
-            self._admit(slices, budget)
-        return _in_order(slices)
+            self._admit(counts)
+        self._share(counts)
+        return _in_order([Slice(sequence, sequence.num_computed, count) for sequence, count in counts.items()])
 
     def extend(self, slices: Items[Slice], drafts: Items[Items[int]]) -> Items[Slice]:
         """Let the slices that sample try these guesses too, as far as budget and blocks are left over: nobody waits or is preempted
@@ -105,12 +118,14 @@ class Scheduler:
             sequence = item.sequence
             if sequence.blocks:  # not aborted meanwhile
                 sequence.num_computed += item.count
+                self._charge(sequence)
                 if self.prefix_cache:
                     self._seal(sequence)
 
     def accept(self, sequence: Sequence, count: int) -> None:
         """Of a committed slice's draft, so many tokens were right and have been appended. Blocks of the wrong ones go back."""
         sequence.num_computed += count
+        self._charge(sequence)
         while self._blocks_missing(sequence, 0) < 0:
             self.pool.release(sequence.blocks.pop())
         if self.prefix_cache:
@@ -118,35 +133,70 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and give its blocks back. Safe to call twice."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        if flow := self.running.pop(sequence, None):
+            self.waiting.stop(flow)
+        else:
+            self.waiting.discard(sequence)
         self._release(sequence)
 
     def check_integrity(self) -> None:
         """The pool is sound, and every reference in it is a running sequence's."""
         self.pool.check_integrity()
+        self.waiting.check_integrity(self.running.values())
         held = [block for sequence in self.running for block in sequence.blocks]
         assert self.pool.num_used == len(set(held)), "blocks are used that no running sequence holds"
         assert all(not sequence.blocks for sequence in self.waiting), "a waiting sequence holds blocks"
 
-    def _admit(self, slices: list[Slice], budget: int) -> None:
-        for sequence in tuple(self.waiting) if len(self.running) < self.max_sequences else ():
-            if len(self.running) == self.max_sequences or budget <= 0:
+    def _admit(self, counts: dict[Sequence, int]) -> None:
+        wanted = self._prompts(counts) if self.waiting else {}
+        while turn := self._next_turn(len(counts), wanted):
+            sequence, flow = turn
+            if len(self.running) == self.max_sequences and not self._could_displace(sequence, flow):
                 return
-            if self._should_wait_for_leader(sequence):
-                continue
             self._reuse_prefix(sequence)
-            if self._blocks_missing(sequence, sequence.num_pending) > self.pool.num_available:
+            if not self._fits_now(sequence) and not self._displace(sequence, flow, counts):
                 self._release(sequence)
                 return
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
-            count = min(sequence.num_pending, budget)
-            self._grow(sequence, self._blocks_missing(sequence, count))
-            budget -= count
-            slices.append(Slice(sequence, sequence.num_computed, count))
+            self._grow(sequence, self._blocks_missing(sequence, sequence.num_pending))
+            self.waiting.start(sequence, flow)
+            self.running[sequence] = flow
+            counts[sequence] = 1
+            wanted = self._prompts(counts)
+
+    def _next_turn(self, num_running: int, wanted: dict[Flow, int]) -> tuple[Sequence, Flow] | None:
+        """Who gets the next place. While prompts want more than this step has, that is only for tenants that have none under way:
+        the others wait for their own, and `batch` for `interactive`."""
+        is_full = num_running + sum(wanted.values()) >= self.max_batch_tokens
+        for flow in self.waiting.turns():
+            if is_full and (flow in wanted or len(wanted) >= MAX_SHARES or not self.waiting.is_entitled(flow)):
+                continue
+            for sequence in flow.waiting:
+                if not self._should_wait_for_leader(sequence):
+                    return sequence, flow
+        return None
+
+    def _prompts(self, counts: Iterable[Sequence]) -> dict[Flow, int]:
+        """What each flow's unfinished prompts want beyond a token each."""
+        wanted: dict[Flow, int] = {}
+        for sequence in counts:
+            if (more := len(sequence.tokens) - sequence.num_computed - 1) > 0:
+                flow = self.running[sequence]
+                wanted[flow] = wanted.get(flow, 0) + more
+        return wanted
+
+    def _share(self, counts: dict[Sequence, int]) -> None:
+        """Give what is left of the budget to unfinished prompts; of one flow's, to those that have run longest."""
+        budget, wanted = self.max_batch_tokens - len(counts), self._prompts(counts)
+        interactive = {flow: num for flow, num in wanted.items() if flow.service is self.waiting.interactive}
+        batch = {flow: num for flow, num in wanted.items() if flow not in interactive}
+        part = batch_part(budget, sum(interactive.values()), sum(batch.values()))
+        given = shares(budget - part, interactive) | shares(part, batch)
+        for sequence in counts if wanted else ():
+            if sequence.num_pending > 1:
+                flow = self.running[sequence]
+                more = min(sequence.num_pending - 1, given[flow])
+                given[flow] -= more
+                counts[sequence] += more
 
     def _should_wait_for_leader(self, sequence: Sequence) -> bool:
         leader = sequence.leader
@@ -182,18 +232,59 @@ class Scheduler:
     def _blocks_missing(self, sequence: Sequence, count: int) -> int:
         return self.pool.blocks_for(sequence.num_computed + count) - len(sequence.blocks)
 
-    def _make_room(self, sequence: Sequence, count: int) -> bool:
-        """Grow a running sequence, preempting the newest as often as needed; False when that was the sequence itself."""
-        missing = self._blocks_missing(sequence, count)
+    def _make_room(self, sequence: Sequence, counts: dict[Sequence, int]) -> bool:
+        """Grow a running sequence by a token, preempting others as often as needed; False when it was itself preempted."""
+        missing = self._blocks_missing(sequence, 1)
         while missing > self.pool.num_available:
-            victim = self.running.pop()
-            self._release(victim)
-            self.waiting.appendleft(victim)
-            self.num_preemptions += 1
+            victim = self._victims()[0]
+            self._preempt(victim, counts)
             if victim is sequence:
                 return False
         self._grow(sequence, missing)
         return True
+
+    def _fits_now(self, sequence: Sequence) -> bool:
+        missing = self._blocks_missing(sequence, sequence.num_pending)
+        return len(self.running) < self.max_sequences and missing <= self.pool.num_available
+
+    def _could_displace(self, sequence: Sequence, flow: Flow) -> bool:
+        cost = self.waiting.price(sequence)
+        others = {(other, running.is_guest) for running, other in self.running.items()}
+        return any(self.waiting.may_displace(flow, cost, other, is_guest) for other, is_guest in others)
+
+    def _displace(self, sequence: Sequence, flow: Flow, counts: dict[Sequence, int]) -> bool:
+        """Preempt as many as it takes to fit `sequence` in; nobody, and False, when that is too many or not for this flow."""
+        victims: list[Sequence] = []
+        cost = self.waiting.price(sequence)
+        blocks = self._blocks_missing(sequence, sequence.num_pending) - self.pool.num_available
+        for victim in self._victims():
+            if blocks <= 0 and len(self.running) - len(victims) < self.max_sequences:
+                break
+            cost += PROMPT * len(victim.tokens)  # to compute it again
+            if not self.waiting.may_displace(flow, cost, self.running[victim], victim.is_guest):
+                return False
+            victims.append(victim)
+            blocks -= self.pool.num_alone(victim.blocks)
+        if blocks > 0 or len(self.running) - len(victims) == self.max_sequences:
+            return False
+        for victim in victims:
+            self._preempt(victim, counts)
+        return True
+
+    def _victims(self) -> list[Sequence]:
+        """Who may be preempted, in this order: everybody but the one that has run longest."""
+        candidates = list(self.running)[1:]
+        return sorted(candidates, key=lambda sequence: self.waiting.claim(sequence, self.running[sequence]), reverse=True)
+
+    def _preempt(self, victim: Sequence, counts: dict[Sequence, int]) -> None:
+        counts.pop(victim, None)
+        self._release(victim)
+        self.waiting.put_back(victim, self.running.pop(victim))
+        self.num_preemptions += 1
+
+    def _charge(self, sequence: Sequence) -> None:
+        if sequence.num_computed > sequence.num_paid:
+            self.waiting.charge(sequence, self.running[sequence])
 
     def _grow(self, sequence: Sequence, num_blocks: int) -> None:
         for _ in range(num_blocks):
@@ -202,7 +293,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         for block in reversed(sequence.blocks):  # the end of a prefix is reclaimed before its beginning
             self.pool.release(block)
-        sequence.blocks.clear()
+        del sequence.blocks[:]
         sequence.num_computed = sequence.num_sealed = 0
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
-from cluster.types import FinishReason, Sampling
+from cluster.types import FinishReason, Priority, Sampling
 from deployments.engine.draft import Drafter
 
 
@@ -25,10 +26,15 @@ class Sequence:
     stop_ids: frozenset[int]
     seed: int
     salt: bytes = b""
+    tenant: bytes = b""  # opaque
+    priority: Priority = "interactive"
+    arrival: int = 0  # its number in the scheduler
+    is_guest: bool = False  # runs in a place that nobody with a better claim wanted
     leader: Sequence | None = None  # the first choice of the same request: computes the prompt that the others share
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens that were found in the prefix cache
-    blocks: list[int] = field(default_factory=list)
+    num_paid: int = 0  # tokens that its tenant was charged for
+    blocks: array[int] = field(default_factory=lambda: array("i"))
     num_sealed: int = 0  # blocks whose content the pool knows
     digests: list[bytes] = field(default_factory=list)  # of the full blocks' tokens, as far as known
     drafter: Drafter | None = None  # since it decodes, where guessing is on

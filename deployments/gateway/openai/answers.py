@@ -10,6 +10,7 @@ from cluster import types
 from cluster.types import TokenLogprob, TopLogprob
 
 Finish = Literal["stop", "length"]
+Tier = Literal["default", "flex"]
 
 LEAST_LOGPROB = -9999.0
 """The API's own word for minus infinity, which JSON can't say."""
@@ -79,6 +80,7 @@ class ChatCompletion(TypedDict):
     object: Literal["chat.completion"]
     created: int
     model: str
+    service_tier: NotRequired[Tier]
     choices: list[ChatChoice]
     usage: Usage
 
@@ -100,6 +102,7 @@ class ChatChunk(TypedDict):
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
+    service_tier: NotRequired[Tier]
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
 
@@ -123,6 +126,7 @@ class Completion(TypedDict):
     object: Literal["text_completion"]
     created: int
     model: str
+    service_tier: NotRequired[Tier]
     choices: list[TextChoice]
     usage: NotRequired[Usage | None]
 

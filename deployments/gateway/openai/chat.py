@@ -40,11 +40,12 @@ class ChatCall:
             messages=tuple(Message(_role(m.role), m.text, m.name) for m in request.messages),
             sampling=request.sampling(max_tokens=max_tokens, logprobs=logprobs),
             open=request.left_open,
+            priority=request.priority,
         )
 
     def whole(self, collected: Collected) -> ChatCompletion:
         spent = collected.usage()
-        return {
+        answer: ChatCompletion = {
             "id": self._id,
             "object": "chat.completion",
             "created": self._created,
@@ -60,6 +61,9 @@ class ChatCall:
             ],
             "usage": answers.usage(spent),
         }
+        if tier := self.request.tier_given:
+            answer["service_tier"] = tier
+        return answer
 
     def parts(self, chunk: Chunk) -> list[ChatChunk]:
         """The chunks that say this; the first call opens every choice in index order, which the official client needs."""
@@ -98,13 +102,16 @@ class ChatCall:
         return chunk
 
     def _head(self) -> ChatChunk:
-        return {
+        head: ChatChunk = {
             "id": self._id,
             "object": "chat.completion.chunk",
             "created": self._created,
             "model": self.model,
             "choices": [],
         }
+        if tier := self.request.tier_given:
+            head["service_tier"] = tier
+        return head
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         if not self.request.logprobs:

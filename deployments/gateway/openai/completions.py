@@ -40,9 +40,9 @@ class CompletionCall:
 
     def _generate(self, prompt: str | list[int], k: int, sampling: Sampling, request_id: str, tenant: str) -> Generate:
         own_id = request_id if len(self._prompts) == 1 else f"{request_id}-{k}"  # an engine knows its calls by this
-        if isinstance(prompt, str):
-            return Generate(own_id, tenant, prompt=prompt, sampling=sampling, open=self.request.left_open)
-        return Generate(own_id, tenant, prompt_ids=tuple(prompt), sampling=sampling, open=self.request.left_open)
+        given: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
+        request = self.request
+        return Generate(own_id, tenant, **given, sampling=sampling, open=request.left_open, priority=request.priority)
 
     def whole(self, collected: Collected) -> Completion:
         spent = collected.usage()
@@ -86,7 +86,16 @@ class CompletionCall:
         return chunk
 
     def _head(self) -> Completion:
-        return {"id": self._id, "object": "text_completion", "created": self._created, "model": self.model, "choices": []}
+        head: Completion = {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self.model,
+            "choices": [],
+        }
+        if tier := self.request.tier_given:
+            head["service_tier"] = tier
+        return head
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> TextLogprobs | None:
         if self.request.logprobs is None:

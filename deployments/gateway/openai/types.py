@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSc
 from pydantic_core import PydanticCustomError
 
 from cluster.errors import InvalidRequest
-from cluster.types import Sampling
+from cluster.types import Priority, Sampling
 from deployments.gateway import errors
 
 MAX_N = 16
@@ -62,6 +62,8 @@ class Sampled(_Bounded):
     stop: Stops | None = None
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=128)
     ignore_eos: bool | None = None
+    service_tier: Literal["auto", "default", "flex"] | None = None
+    """`flex` is the class of service that yields to others. None is above the usual one, so that `priority` is refused."""
     logit_bias: dict[Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
         Field(default=None, max_length=1024)
     )
@@ -84,6 +86,15 @@ class Sampled(_Bounded):
     @property
     def choices(self) -> int:
         return self.n or 1
+
+    @property
+    def tier_given(self) -> Literal["default", "flex"] | None:
+        """What the answer says of its class of service: nothing, unless the caller named one."""
+        return "default" if self.service_tier == "auto" else self.service_tier
+
+    @property
+    def priority(self) -> Priority:
+        return "batch" if self.service_tier == "flex" else "interactive"
 
     @property
     def wants_usage(self) -> bool:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
-from cluster.errors import ReplicaLost
+from cluster.errors import Overloaded, ReplicaLost
 from cluster.settings import EngineSettings
 from deployments.engine.batch import Batch
+from deployments.engine.engine import Request
 from deployments.engine.lead import lead
 from deployments.engine.remote import RemoteEngine
 from tests.deployments.engine.arithmetic import count_up, request
@@ -103,6 +105,52 @@ async def test_stopped_choice_sends_nothing_more_and_the_other_goes_on(pair: tup
             engine.abort(1, 0)
     assert seen[1] == 150
     assert seen[0] < 150
+
+
+def of(tenant: bytes, number: int, priority: str = "interactive") -> Request:
+    return msgspec.structs.replace(request(number, [number], 4), tenant=tenant, priority=priority)
+
+
+async def answer(engine: RemoteEngine, asked: Request) -> list[int]:
+    return [output.token async for outputs in engine.generate(asked) for output in outputs]
+
+
+async def test_full_queue_refuses_the_newest_of_who_has_most(pair: tuple[RemoteEngine, CountingShard]) -> None:
+    engine, shard = pair
+    shard.gate.clear()
+    tasks = [asyncio.create_task(answer(engine, of(tenant, number))) for number, tenant in enumerate((b"a", b"b", b"a", b"a"))]
+    await until(lambda: engine.num_streams == 4)
+    newcomers = (b"a", b"b", b"b", b"c", b"c")
+    assert [engine.make_place(tenant, "interactive") for tenant in newcomers] == [False, True, False, True, False]
+    assert engine.num_streams == 2
+    shard.gate.set()
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    assert ended[:2] == [[1, 2, 3, 4], [2, 3, 4, 5]]
+    assert [type(result) for result in ended[2:]] == [Overloaded, Overloaded]
+    await until(lambda: engine.stats.aborted == 2 and engine.stats.blocks_used == 0)
+
+
+async def test_full_queue_refuses_batch_first_and_nobody_for_batch(pair: tuple[RemoteEngine, CountingShard]) -> None:
+    engine, shard = pair
+    shard.gate.clear()
+    asked = [of(b"a", 1), of(b"a", 2), of(b"b", 3, "batch")]
+    tasks = [asyncio.create_task(answer(engine, request)) for request in asked]
+    await until(lambda: engine.num_streams == 3)
+    assert not engine.make_place(b"c", "batch")
+    assert engine.make_place(b"a", "interactive")
+    shard.gate.set()
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [isinstance(result, Overloaded) for result in ended] == [False, False, True]
+
+
+async def test_who_has_a_token_is_never_refused(pair: tuple[RemoteEngine, CountingShard]) -> None:
+    engine, _ = pair
+    streams = [engine.generate(of(b"a", number)) for number in (1, 2, 3)]
+    for stream in streams:
+        await anext(stream)
+    assert not engine.make_place(b"b", "interactive")
+    for stream in streams:
+        await stream.aclose()  # type: ignore[attr-defined]
 
 
 async def test_idle_group_is_pinged_and_that_counts_as_progress(pair: tuple[RemoteEngine, CountingShard]) -> None:

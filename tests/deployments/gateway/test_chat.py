@@ -121,6 +121,35 @@ def test_what_changes_nothing_is_accepted(client: openai.OpenAI, extra: dict[str
 
 
 @pytest.mark.parametrize(
+    ("asked", "given", "priority"),
+    [("auto", "default", "interactive"), ("default", "default", "interactive"), ("flex", "flex", "batch")],
+)
+def test_class_of_service_reaches_the_model_and_the_answer_says_it(
+    client: openai.OpenAI, server: Server, asked: str, given: str, priority: str
+) -> None:
+    answer = client.chat.completions.create(model="echo", messages=HELLO, service_tier=asked)
+    assert (answer.service_tier, server.models.requests[-1].priority) == (given, priority)
+    chunks = list(client.chat.completions.create(model="echo", messages=HELLO, service_tier=asked, stream=True))
+    assert {chunk.service_tier for chunk in chunks} == {given}
+    text = client.completions.create(model="echo", prompt=["a", "b"], extra_body={"service_tier": asked})
+    assert text.model_extra == {"service_tier": given}
+    assert {request.priority for request in server.models.requests[-2:]} == {priority}
+
+
+def test_class_of_service_that_nobody_named_is_not_mentioned(client: openai.OpenAI, server: Server) -> None:
+    answer = client.chat.completions.create(model="echo", messages=HELLO)
+    assert "service_tier" not in answer.model_fields_set
+    assert server.models.requests[-1].priority == "interactive"
+
+
+@pytest.mark.parametrize("tier", ["priority", "scale", "Flex", 1])
+def test_class_of_service_that_is_not_there_is_refused(client: openai.OpenAI, tier: object) -> None:
+    with pytest.raises(openai.BadRequestError, match="'auto', 'default' or 'flex'") as caught:
+        client.chat.completions.create(model="echo", messages=HELLO, extra_body={"service_tier": tier})
+    assert caught.value.param == "service_tier"
+
+
+@pytest.mark.parametrize(
     ("param", "value"),
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),

@@ -38,7 +38,9 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("extra", [{}, {"n": 3}, {"logprobs": True, "top_logprobs": 3}, {"max_tokens": 1}, {"stop": "two"}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"service_tier": "flex"}, {"n": 3}, {"logprobs": True, "top_logprobs": 3}, {"max_tokens": 1}, {"stop": "two"}]
+)
 def test_chat_answers_conform(http: httpx.Client, extra: dict[str, object]) -> None:
     check("CreateChatCompletionResponse", http.post("/v1/chat/completions", json={**CHAT, **extra}).json())
     asked = {**CHAT, **extra, "stream": True, "stream_options": {"include_usage": True}}
