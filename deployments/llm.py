@@ -85,8 +85,6 @@ class LLM:
             chunk = answer.take(outputs)
             if chunk.deltas:
                 yield chunk
-            if not chunk.usage:
-                await asyncio.sleep(pause_s(engine.num_streams))
 
     async def info(self) -> dict[str, Any]:
         """What a caller may want to know before it asks."""
@@ -159,12 +157,6 @@ class LLM:
         return list(call.prompt_ids) if call.prompt_ids is not None else self._tokenizer.encode(call.prompt or "")
 
 
-def pause_s(num_streams: int) -> float:
-    """How long a stream gathers tokens before its next item. One item costs a Ray message (about half a millisecond on both
-    ends), so many streams send fewer, larger ones; a lone stream never waits, and nobody's first token does."""
-    return min(0.05, 0.0005 * (num_streams - 1))
-
-
 def build(deployment: Deployment, directory: str, digest: str, cache_secret: bytes, settings: Settings) -> serve.Application:
     """The Serve application of one model. Replicas need `tp` bundles of `engine.cpus_per_shard` CPUs each."""
     engine = settings.engine
@@ -190,6 +182,7 @@ def build(deployment: Deployment, directory: str, digest: str, cache_secret: byt
         health_check_period_s=2,
         health_check_timeout_s=5,
         max_constructor_retry_count=1,
+        logging_config={"enable_access_log": False},  # the gateway writes one record of every call
         **scaling,
     )
     return options(LLM).bind(deployment, directory, digest, cache_secret, settings)
