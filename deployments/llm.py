@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 
 SEED_BITS = 63
 
+INLINE_CHARS = 2000
+"""Characters of a prompt that are encoded within a millisecond."""
+
 
 class LLM:
     """Serves one model directory."""
@@ -124,7 +127,7 @@ class LLM:
         asyncio.get_running_loop().call_later(1.0, os._exit, 1)
 
     async def _prepare(self, call: Generate) -> Request:
-        prompt = await asyncio.to_thread(self._encode, call)
+        prompt = await asyncio.to_thread(self._encode, call) if is_long(call) else self._encode(call)
         if not prompt:
             raise InvalidRequest("The prompt is empty.", param="prompt")
         if max(prompt) >= self._model.vocab_size or min(prompt) < 0:
@@ -155,6 +158,11 @@ class LLM:
         if call.messages:
             return self._tokenizer.render(call.messages)
         return list(call.prompt_ids) if call.prompt_ids is not None else self._tokenizer.encode(call.prompt or "")
+
+
+def is_long(call: Generate) -> bool:
+    """Whether the prompt is better encoded beside the event loop. A short one costs less than the way to a thread and back."""
+    return len(call.prompt or "") + sum(len(message.content) for message in call.messages) > INLINE_CHARS
 
 
 def build(deployment: Deployment, directory: str, digest: str, cache_secret: bytes, settings: Settings) -> serve.Application:

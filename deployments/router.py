@@ -57,6 +57,7 @@ class ServeModels:
         self._handles: dict[str, Any] = {}
         self._listed: tuple[float, Sequence[Deployment]] | None = None
         self._probed: tuple[float, dict[str, bool]] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
         self._listing, self._probing, self._opening = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
 
     async def list(self) -> Sequence[Deployment]:
@@ -86,7 +87,12 @@ class ServeModels:
             response = (await self._handle(name)).options(stream=True).generate.remote(request)
             await _assigned(response, name)
             async for chunk in response:
+                if chunk.usage is not None:  # nothing follows but the end of Serve's call, for which nobody need wait
+                    running = False
+                    self._end(response, name)
                 yield chunk
+                if not running:
+                    return
             running = False
         except PlatformError:
             raise
@@ -100,6 +106,12 @@ class ServeModels:
         finally:
             if response is not None and running:  # the caller left, or time ran out
                 response.cancel()
+
+    def _end(self, response: Any, name: str) -> None:
+        """Let a call whose last chunk has come reach its own end, beside the caller."""
+        task = asyncio.ensure_future(_ended(response, name))
+        self._ending.add(task)  # asyncio itself holds tasks weakly
+        task.add_done_callback(self._ending.discard)
 
     async def _known(self, name: str) -> None:
         served = sorted(deployment.name for deployment in await self.list())
@@ -161,6 +173,14 @@ async def _assigned(response: Any, name: str) -> None:
         raise Unavailable(f"The model {name!r} has no replica that can take this request now.", retry_after_s=2.0) from None
 
 
+async def _ended(response: Any, name: str) -> None:
+    try:
+        async for _ in response:
+            log.warning("a chunk after the last", extra={"model": name})
+    except Exception as error:
+        log.info("a call failed after its last chunk", extra={"model": name, "reason": platform_error(error, name).message})
+
+
 def _cancelled_by_us() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
@@ -168,7 +188,7 @@ def _cancelled_by_us() -> bool:
 
 def platform_error(error: BaseException, name: str) -> PlatformError:
     """What a failure of a handle call means to a caller."""
-    from grpc.aio import AioRpcError
+    from grpc.aio import AioRpcError  # type: ignore[import-untyped]
     from ray import exceptions
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
-ITEMS_PER_S = 400.0
+ITEMS_PER_S = 250.0
 """Items that all streams of a replica together send in a second, while slots don't get longer than `LONGEST_S` for it."""
 
 LONGEST_S = 0.1
