@@ -7,17 +7,19 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 
 from bench import models
 from bench.engines import Engine, engines
 from bench.harness import versions
+from cluster import launch
 from tests.e2e.platform import RunningPlatform, free_ports, private_environment
 
 KV_CACHE_GIB = 2
@@ -33,6 +35,7 @@ class Endpoint:
     model: str
     api_key: str = "none"
     versions: Mapping[str, str] = field(default_factory=dict)
+    processes: Callable[[], Sequence[psutil.Process]] = tuple
 
     @property
     def headers(self) -> dict[str, str]:
@@ -64,7 +67,9 @@ def mmaas(model: str, *, threads: int, max_sequences: int) -> Iterator[Endpoint]
             words = ("up", "--model", str(models.directory(model)), "--name", model.lower(), "--tp", "1", "--dtype", "bfloat16")
             platform.mmaas(*words, timeout=600)
             found = platform.quickstart
-            yield Endpoint(found["base_url"], found["model"], found["api_key"], versions(PACKAGES))
+            yield Endpoint(
+                found["base_url"], found["model"], found["api_key"], versions(PACKAGES), lambda: launch.family(platform.settings)
+            )
         finally:
             platform.mmaas("down")
 

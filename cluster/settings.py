@@ -80,6 +80,9 @@ class EngineSettings(_Section):
     """Token budget of one step: longer prompts enter in chunks beside the running sequences."""
     max_queued: int = Field(default=128, ge=0, le=100_000)
     """Requests that may wait in one replica beyond the running ones; more get 503 with Retry-After."""
+    stream_interval_s: float = Field(default=0.02, ge=0, le=1)
+    """A stream sends its first token at once and then at most so often, with all that came meanwhile: an item costs the same with
+    one token as with ten. Many streams stretch it up to 0.1 s; 0 sends every token by itself."""
     step_deadline_s: float = Field(default=30.0, gt=0)
     """A rank that makes no progress for so long is taken for lost, and its whole group is replaced."""
     start_deadline_s: float = Field(default=600.0, gt=0)

@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 
 SEED_BITS = 63
 
+INLINE_CHARS = 2000
+"""Characters of a prompt that are encoded within a millisecond."""
+
 
 class LLM:
     """Serves one model directory."""
@@ -86,8 +89,6 @@ class LLM:
             chunk = answer.take(outputs)
             if chunk.deltas:
                 yield chunk
-            if not chunk.usage:
-                await asyncio.sleep(pause_s(engine.num_streams))
 
     async def info(self) -> dict[str, Any]:
         """What a caller may want to know before it asks."""
@@ -127,7 +128,7 @@ class LLM:
         asyncio.get_running_loop().call_later(1.0, os._exit, 1)
 
     async def _prepare(self, call: Generate) -> Request:
-        prompt = await asyncio.to_thread(self._encode, call)
+        prompt = await asyncio.to_thread(self._encode, call) if is_long(call) else self._encode(call)
         if not prompt:
             raise InvalidRequest("The prompt is empty.", param="prompt")
         if max(prompt) >= self._model.vocab_size or min(prompt) < 0:
@@ -166,10 +167,9 @@ class LLM:
         return list(call.prompt_ids) if call.prompt_ids is not None else self._tokenizer.encode(call.prompt or "")
 
 
-def pause_s(num_streams: int) -> float:
-    """How long a stream gathers tokens before its next item. One item costs a Ray message (about half a millisecond on both
-    ends), so many streams send fewer, larger ones; a lone stream never waits, and nobody's first token does."""
-    return min(0.05, 0.0005 * (num_streams - 1))
+def is_long(call: Generate) -> bool:
+    """Whether the prompt is better encoded beside the event loop. A short one costs less than the way to a thread and back."""
+    return len(call.prompt or "") + sum(len(message.content) for message in call.messages) > INLINE_CHARS
 
 
 def build(deployment: Deployment, directory: str, digest: str, cache_secret: bytes, settings: Settings) -> serve.Application:
@@ -197,6 +197,7 @@ def build(deployment: Deployment, directory: str, digest: str, cache_secret: byt
         health_check_period_s=2,
         health_check_timeout_s=5,
         max_constructor_retry_count=1,
+        logging_config={"enable_access_log": False},  # the gateway writes one record of every call
         **scaling,
     )
     return options(LLM).bind(deployment, directory, digest, cache_secret, settings)

@@ -57,7 +57,8 @@ class ServeModels:
         self._handles: dict[str, Any] = {}
         self._listed: tuple[float, Sequence[Deployment]] | None = None
         self._probed: tuple[float, dict[str, bool]] | None = None
-        self._listing, self._probing = asyncio.Lock(), asyncio.Lock()
+        self._ending: set[asyncio.Task[None]] = set()
+        self._listing, self._probing, self._opening = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
 
     async def list(self) -> Sequence[Deployment]:
         async with self._listing:
@@ -86,7 +87,12 @@ class ServeModels:
             response = (await self._handle(name)).options(stream=True).generate.remote(request)
             await _assigned(response, name)
             async for chunk in response:
+                if chunk.usage is not None:  # nothing follows but the end of Serve's call, for which nobody need wait
+                    running = False
+                    self._end(response, name)
                 yield chunk
+                if not running:
+                    return
             running = False
         except PlatformError:
             raise
@@ -101,6 +107,12 @@ class ServeModels:
             if response is not None and running:  # the caller left, or time ran out
                 response.cancel()
 
+    def _end(self, response: Any, name: str) -> None:
+        """Let a call whose last chunk has come reach its own end, beside the caller."""
+        task = asyncio.ensure_future(_ended(response, name))
+        self._ending.add(task)  # asyncio itself holds tasks weakly
+        task.add_done_callback(self._ending.discard)
+
     async def _known(self, name: str) -> None:
         served = sorted(deployment.name for deployment in await self.list())
         if name not in served:
@@ -108,9 +120,10 @@ class ServeModels:
             raise ModelNotFound(f"The model {name[:256]!r} does not exist. Served models: {known}.", param="model")
 
     async def _handle(self, name: str) -> Any:
-        if name not in self._handles:
-            self._handles[name] = await asyncio.to_thread(_serve_handle, name)
-        return self._handles[name]
+        async with self._opening:  # each handle has a router of its own, so a model needs one
+            if name not in self._handles:
+                self._handles[name] = on_this_loop(await asyncio.to_thread(_serve_handle, name))
+            return self._handles[name]
 
     async def _stats(self, name: str) -> dict[str, float]:
         """Empty for a model that doesn't answer."""
@@ -141,6 +154,16 @@ def _serve_handle(name: str) -> Any:
     return serve.get_deployment_handle("LLM", app_name=f"model-{name}")
 
 
+def on_this_loop(handle: Any) -> Any:
+    """The handle with Serve's router on the running event loop and plain gRPC to the replicas.
+
+    By default every call and every item of a stream changes threads twice, and travels as an actor call of Ray: twice the work.
+    Both switches are private in Ray 2.60, whose public one (RAY_SERVE_THROUGHPUT_OPTIMIZED) would break handles without a loop.
+    """
+    handle._init(_run_router_in_separate_loop=False)
+    return handle._options(_by_reference=False)
+
+
 async def _assigned(response: Any, name: str) -> None:
     """Wait until a replica has taken the call. Raises Unavailable when none does in time."""
     try:
@@ -150,6 +173,14 @@ async def _assigned(response: Any, name: str) -> None:
         raise Unavailable(f"The model {name!r} has no replica that can take this request now.", retry_after_s=2.0) from None
 
 
+async def _ended(response: Any, name: str) -> None:
+    try:
+        async for _ in response:
+            log.warning("a chunk after the last", extra={"model": name})
+    except Exception as error:
+        log.info("a call failed after its last chunk", extra={"model": name, "reason": platform_error(error, name).message})
+
+
 def _cancelled_by_us() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
@@ -157,6 +188,7 @@ def _cancelled_by_us() -> bool:
 
 def platform_error(error: BaseException, name: str) -> PlatformError:
     """What a failure of a handle call means to a caller."""
+    from grpc.aio import AioRpcError  # type: ignore[import-untyped]
     from ray import exceptions
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
@@ -168,6 +200,8 @@ def platform_error(error: BaseException, name: str) -> PlatformError:
         return Overloaded(f"The model {name!r} has no free place.", retry_after_s=error.retry_after_s or 1.0)
     if isinstance(error, (exceptions.RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError)):
         return ReplicaLost(f"The model {name!r} lost the replica that worked on this request.", retry_after_s=1.0)
+    if isinstance(error, AioRpcError):  # the connection broke, or the replica closed it
+        return ReplicaLost(f"The model {name!r} lost the connection to its replica.", retry_after_s=1.0)
     if isinstance(error, (DeploymentUnavailableError, RayServeException, exceptions.TaskCancelledError, TimeoutError)):
         return Unavailable(f"The model {name!r} can't answer now.", retry_after_s=1.0)
     return PlatformError(f"{type(error).__name__} in the model {name!r}")

@@ -70,7 +70,7 @@ class ShardGroup:
         self.spec = spec
         self.size = spec.rendezvous.size
         self._folder = Path(tempfile.mkdtemp(dir=private_directory(folder)))  # the socket and the ranks' meeting file
-        self.engine = RemoteEngine(self._folder / "rank0.sock")
+        self.engine = RemoteEngine(self._folder / "rank0.sock", spec.settings.stream_interval_s)
         self._actors = [self._actor(rank, log_level) for rank in range(self.size)]
         self._watch: asyncio.Task[None] | None = None
         self.pids: list[int] = []

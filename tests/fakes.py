@@ -79,7 +79,8 @@ class EchoModels:
                 if self.error is not None and number >= self.fail_after:
                     raise self.error
                 yield chunk
-                await asyncio.sleep(self.delay_s)
+                if chunk.usage is None:  # after the last there is nothing to wait for
+                    await asyncio.sleep(self.delay_s)
         finally:
             self.open -= 1
 

@@ -7,6 +7,7 @@ see at once when the other dies: the socket closes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import socket
 import struct
@@ -63,9 +64,10 @@ async def read_report(reader: asyncio.StreamReader) -> Report:
 
 
 class LeaderEnd:
-    """Rank 0's end: blocking writes, and a thread that reads commands into a queue."""
+    """Rank 0's end: writes that never keep a step waiting, and a thread that reads commands into a queue."""
 
     def __init__(self, path: str) -> None:
+        self._unsent = bytearray()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(path)
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -78,10 +80,20 @@ class LeaderEnd:
         self._socket.close()
 
     def send(self, report: Report) -> None:
-        self._socket.sendall(frame(report))
+        """Write as much as the socket takes now; the rest goes with the next report, or while `take` waits.
+
+        Raises ConnectionError when the replica is gone. What a replica doesn't read is no more than the tokens of its requests.
+        """
+        self._unsent += frame(report)
+        with contextlib.suppress(BlockingIOError):
+            while self._unsent:
+                del self._unsent[: self._socket.send(self._unsent, socket.MSG_DONTWAIT)]
 
     def take(self, wait_s: float) -> list[Command] | None:
         """All commands that have come, after waiting at most `wait_s` for the first; None when the replica is gone."""
+        if wait_s and self._unsent:  # no step waits: there is time to wait for a slow reader
+            self._socket.sendall(self._unsent)
+            self._unsent.clear()
         commands: list[Command] = []
         try:
             while True:

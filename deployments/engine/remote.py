@@ -5,31 +5,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.errors import Overloaded, PlatformError, ReplicaLost
 from cluster.types import Priority
 from deployments.engine.channel import Abort, Add, Beat, Command, Tokens, frame, read_report
 from deployments.engine.engine import Output, Request, Stats
+from deployments.engine.pace import Gathered, slot_s
 
 
 @dataclass(slots=True)
 class _Stream:
     request: Request
-    queue: asyncio.Queue[list[Output] | PlatformError]
     unfinished: set[int]  # choices
+    gathered: Gathered[Output] = field(default_factory=Gathered)
+    due: asyncio.Event = field(default_factory=asyncio.Event)
     is_heard: bool = False  # a token has come
+    refused: PlatformError | None = None
 
 
 class RemoteEngine:
-    """Listens at `path` for rank 0. Everything runs on one event loop."""
+    """Listens at `path` for rank 0. Everything runs on one event loop. `interval_s`: see `pace.py`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, interval_s: float = 0.0) -> None:
         self.path = path
+        self._interval_s = interval_s
+        self._timer: asyncio.TimerHandle | None = None
         self.stats = Stats()
         self.lost: str | None = None  # why, once the group is gone
         self._ids = itertools.count(1)
@@ -59,17 +65,18 @@ class RemoteEngine:
         return next(self._ids)
 
     async def generate(self, request: Request) -> AsyncIterator[list[Output]]:
-        """The request's outputs as they come, all that have come at once. Leaving early aborts what is unfinished.
+        """The request's outputs: the first and the last at once, between them all that a slot has gathered. What comes while the
+        caller is busy comes as one list afterwards. Leaving early aborts what is unfinished.
 
         Raises ReplicaLost when the group dies, Overloaded when it had to make place before its first token.
         """
         if self.lost:
             raise ReplicaLost(self.lost, retry_after_s=5)
-        stream = self._streams[request.id] = _Stream(request, asyncio.Queue(), set(range(request.sampling.n)))
+        stream = self._streams[request.id] = _Stream(request, set(range(request.sampling.n)))
         self._send(Add(request))
         try:
             while stream.unfinished:
-                outputs = [output for output in await _all(stream.queue) if output.index in stream.unfinished]
+                outputs = [output for output in await self._next(stream) if output.index in stream.unfinished]
                 stream.unfinished -= {output.index for output in outputs if output.finish_reason}
                 yield outputs
         finally:
@@ -95,7 +102,8 @@ class RemoteEngine:
             return False
         victim = max(behind or greedy, key=lambda stream: (held[stream.request.tenant], stream.request.id))
         del self._streams[victim.request.id]
-        victim.queue.put_nowait(Overloaded("the queue is full, and others have less in it", retry_after_s=1))
+        victim.refused = Overloaded("the queue is full, and others have less in it", retry_after_s=1)
+        victim.due.set()
         return True
 
     def fail(self, reason: str) -> None:
@@ -103,7 +111,7 @@ class RemoteEngine:
         if self.lost is None:
             self.lost = reason
             for stream in self._streams.values():
-                stream.queue.put_nowait(ReplicaLost(reason, retry_after_s=5))
+                stream.due.set()
 
     def _send(self, command: Command) -> None:
         if self._writer and not self.lost:
@@ -128,20 +136,37 @@ class RemoteEngine:
         by_request: dict[int, list[Output]] = {}
         for output in outputs:
             by_request.setdefault(output.request_id, []).append(output)
+        now, slot = _now(), slot_s(self._interval_s, len(self._streams))
         for request_id, items in by_request.items():
             if stream := self._streams.get(request_id):  # aborted ones have no stream any more
+                ends = any(output.finish_reason for output in items)
                 stream.is_heard = True
-                stream.queue.put_nowait(items)
+                stream.gathered.add(items, now_s=now, slot_s=slot, urgent=ends)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let the streams go on that are due, and come back when the next ones are."""
+        now, next_s = _now(), math.inf
+        for stream in self._streams.values():
+            if stream.gathered.due_s <= now:
+                stream.due.set()
+            else:
+                next_s = min(next_s, stream.gathered.due_s)
+        if self._timer:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(next_s, self._wake) if next_s < math.inf else None
+
+    async def _next(self, stream: _Stream) -> list[Output]:
+        """What is gathered, once it is due; the rest of it when the group is gone, and then ReplicaLost."""
+        await stream.due.wait()
+        if stream.refused:
+            raise stream.refused
+        if not self.lost:
+            stream.due.clear()
+        elif not stream.gathered.items:
+            raise ReplicaLost(self.lost, retry_after_s=5)
+        return stream.gathered.take(_now())
 
 
-async def _all(queue: asyncio.Queue[list[Output] | PlatformError]) -> list[Output]:
-    """Everything that has come, after waiting for something. Raises an error as soon as it is there."""
-    outputs: list[Output] = []
-    item = await queue.get()
-    while True:
-        if isinstance(item, PlatformError):
-            raise item
-        outputs += item
-        if queue.empty():
-            return outputs
-        item = queue.get_nowait()
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from cluster.types import Chunk, Generate, Usage
 from deployments.gateway.exchange import Exchange
@@ -69,20 +69,29 @@ async def whole(models: Models, call: Call, notes: Exchange, seconds: float) -> 
         await relay.aclose()
 
 
-async def parts(models: Models, call: Call, notes: Exchange, seconds: float, silence_s: float) -> AsyncGenerator[list[Part], None]:
-    """The answer as it comes; an empty list after `silence_s` without news. Closing this cancels the models' work."""
-    relay = ask(models, call, seconds)
+class Said(NamedTuple):
+    """What is said at once: any number of chunks, none after a silence. Nothing follows the `last`."""
+
+    parts: Sequence[Part]
+    last: bool = False
+
+
+async def parts(models: Models, call: Call, notes: Exchange, seconds: float, silence_s: float) -> AsyncGenerator[Said, None]:
+    """The answer as it comes; something empty after `silence_s` without news. Closing this cancels the models' work."""
+    relay, said = ask(models, call, seconds), list[Part]()
     try:
         async with aclosing(relay.batches(silence_s)) as batches:
             async for batch in batches:
                 if batch:
                     notes.heard()
                 said = [part for chunk in batch for part in call.parts(chunk)]
+                if relay.has_ended:
+                    break  # the last words go with the end
                 if said or not batch:
-                    yield said
+                    yield Said(said)
+                    said = []
         notes.usage = call.usage()
-        if last := call.end():
-            yield list(last)
+        yield Said([*said, *call.end()], last=True)
     finally:
         await relay.aclose()
 

@@ -73,6 +73,6 @@ async def _generated(entrance: Entrance, call: answering.Call, notes: Exchange) 
         yield await answering.whole(entrance.models, call, notes, seconds)
         return
     async with aclosing(answering.parts(entrance.models, call, notes, seconds, silence_s=seconds)) as batches:
-        async for batch in batches:
-            for part in batch:
+        async for said in batches:
+            for part in said.parts:
                 yield part

@@ -78,5 +78,6 @@ def build(settings: Settings, parts: Parts = from_store) -> Any:
         graceful_shutdown_timeout_s=options.max_stream_s + 30,
         health_check_period_s=10,
         health_check_timeout_s=30,
+        logging_config={"enable_access_log": False},  # ours has the key, the model and the tokens, too
     )
     return deployment.bind(settings, parts)

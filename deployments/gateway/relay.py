@@ -38,6 +38,11 @@ class Relay(Generic[Item]):
         self._failed: Exception | None = None
         self._tasks = [asyncio.ensure_future(self._pump(source)) for source in sources]
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether all that the sources had to say was in the batches so far."""
+        return not self._open and self._failed is None
+
     async def batches(self, silence_s: float) -> AsyncGenerator[list[Item], None]:
         """Everything that is ready, as it gets ready; an empty list after each `silence_s` without news.
 

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.errors import PlatformError
 from deployments.gateway import errors, exchange
-from deployments.gateway.answering import Part
+from deployments.gateway.answering import Said
 from deployments.gateway.errors import ClientGone
 from deployments.gateway.openai import sse
 
@@ -28,10 +28,10 @@ def json_response(content: Mapping[str, Any], status: int = 200) -> Response:
     return Response(msgspec.json.encode(content), status, media_type="application/json")
 
 
-async def event_stream(parts: AsyncGenerator[list[Part], None]) -> Response:
-    """Waits for the first batch, so that what fails before it is a plain error answer; see `EventStream` for the rest."""
+async def event_stream(parts: AsyncGenerator[Said, None]) -> Response:
+    """Waits for the first words, so that what fails before them is a plain error answer; see `EventStream` for the rest."""
     try:
-        first: list[Part] = await anext(parts, [])
+        first = await anext(parts)
     except BaseException:
         await parts.aclose()
         raise
@@ -39,9 +39,9 @@ async def event_stream(parts: AsyncGenerator[list[Part], None]) -> Response:
 
 
 class EventStream(Response):
-    """Chunks as server-sent events. An empty batch becomes a keepalive comment."""
+    """Chunks as server-sent events, one write for what is said at once. Silence becomes a keepalive comment."""
 
-    def __init__(self, first: list[Part], rest: AsyncGenerator[list[Part], None]) -> None:
+    def __init__(self, first: Said, rest: AsyncGenerator[Said, None]) -> None:
         self.status_code = 200
         self.background = None
         self.raw_headers = [(b"content-type", sse.CONTENT_TYPE), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
@@ -56,19 +56,16 @@ class EventStream(Response):
 
     async def _stream(self, scope: Scope, send: Send) -> bytes:
         """Everything but the last write, whose bytes it returns."""
+        said = self._first
         try:
-            await _write(send, _encode(self._first))
-            async for batch in self._rest:
-                await _write(send, _encode(batch))
-            return sse.DONE
+            while not said.last:
+                await _write(send, sse.frames(said.parts) or sse.KEEPALIVE)
+                said = await anext(self._rest)
+            return sse.frames(said.parts) + sse.DONE
         except ClientGone:
             raise
         except Exception as error:
             return sse.error(_broken(error, exchange.of(scope)))
-
-
-def _encode(batch: list[Part]) -> bytes:
-    return sse.frames(batch) if batch else sse.KEEPALIVE
 
 
 async def _write(send: Send, body: bytes, *, more: bool = True) -> None:

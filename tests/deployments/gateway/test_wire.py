@@ -38,6 +38,22 @@ def test_events_are_framed_exactly(http: httpx.Client) -> None:
     assert answer.content == b"".join(b"data: " + head[1] + frame + b"\n\n" for frame in frames) + b"data: [DONE]\n\n"
 
 
+def test_the_last_words_usage_and_done_leave_in_one_write(server: Server) -> None:
+    server.models.delay_s = 0.05
+    asked = json.dumps(body(stream=True, stream_options={"include_usage": True})).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KeyRing.USER}\r\nContent-Length: {len(asked)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(head.encode() + asked)
+        received = b""
+        while not received.endswith(b"\r\n0\r\n\r\n"):
+            received += connection.recv(1 << 16)
+    *_, last, end = received.split(b"data: [DONE]")[0].rpartition(b"\r\n")  # a chunk of HTTP is a write of the application
+    assert last == b"\r\n"
+    assert b'"finish_reason":"stop"' in end
+    assert b'"usage":{' in end
+
+
 def test_a_failure_before_the_first_token_is_a_plain_answer(server: Server, http: httpx.Client) -> None:
     server.models.error = ContextLengthExceeded("9 tokens, 8 fit", param="messages")
     for stream in (False, True):
