@@ -152,7 +152,7 @@ class Work:
     @property
     def settings(self) -> EngineSettings:
         most = self.prompt_tokens + self.decoders * (self.context + 1)
-        return EngineSettings(max_sequences=self.decoders + 1, max_batch_tokens=most, prefix_cache=False)
+        return EngineSettings(max_sequences=self.decoders + 1, max_batch_tokens=most, prefix_cache=False, speculation=0)
 
     @property
     def num_blocks(self) -> int:

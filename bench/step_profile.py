@@ -87,7 +87,9 @@ class Watch:
 def measure(model: str, options: argparse.Namespace) -> list[Measurement]:
     """Loads once, and runs every number of sequences."""
     threads = max(1, (os.cpu_count() or 1) // options.tp)
-    settings = EngineSettings(max_sequences=max(options.running), kv_cache_bytes=2 << 30, prefix_cache=False, threads=threads)
+    settings = EngineSettings(
+        max_sequences=max(options.running), kv_cache_bytes=2 << 30, prefix_cache=False, speculation=0, threads=threads
+    )
     measured = []
     with LocalEngine(models.directory(model), tp=options.tp, dtype="bfloat16", settings=settings) as local:
         for running in options.running:
