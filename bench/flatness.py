@@ -1,8 +1,7 @@
 """How even the stream of 8 answers stays while a prompt of 4,096 tokens enters beside them: `python -m bench.flatness`.
 
 Chunked prefill trades the newcomer's first token against the others' pauses; the budget of a step sets the rate. Each policy gets
-the same work in the same process. A policy is a function of the steps so far, so that one that the engine doesn't have yet can be
-tried: `within` chooses the chunk from the time that chunks have taken.
+the same work in the same process: fixed budgets of tokens, and the engine's own, which is one of time (`engine.step_target_ms`).
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,32 +23,24 @@ from bench.harness import HERE, Row, Table, versions, write
 from bench.long_context import WINDOW
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
-from deployments.engine.batch import Batch
+from deployments.engine.chunking import Chunking
 from deployments.engine.engine import Engine, Execute, Request
 from deployments.engine.local import LocalEngine
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 LONG = -1
 """The long prompt's request; the decoders' count from 0."""
-LARGEST, SMALLEST = 1024, 16
-"""Between them `within` chooses the tokens of a chunk."""
 STEPS_AROUND = 24
 """Steps of the decoders alone, before the prompt comes and after it is in."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a policy may know of a step that was taken."""
+class Policy(Protocol):
+    """What the engine asks before a step, and tells after it."""
 
-    seconds: float
-    decoders: int
-    prompt_tokens: int
+    def budget(self, decoders: int) -> int:
+        """Tokens of the next step."""
 
-
-Policy = Callable[[Sequence[Step], int], int]
-"""From the steps taken and the number of decoders to the budget of the next step, in tokens."""
+    def learn(self, decoders: int, prompt_tokens: int, seconds: float) -> None:
+        """What a step held and took."""
 
 
 @dataclass(frozen=True)
@@ -101,34 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(write("flatness", rows(measured), shown, command=command, found=versions(["torch", "transformers"]), **more))
 
 
-def fixed(budget: int) -> Policy:
-    """What `engine.max_batch_tokens` does."""
-    return lambda steps, decoders: budget
-
-
-def within(target_s: float) -> Policy:
-    """As many tokens of the prompt as keep a step within `target_s`, or within twice a step of the decoders alone where that is
-    more: by what a token took in the last step that had some. Without decoders, `LARGEST`."""
-
-    def budget(steps: Sequence[Step], decoders: int) -> int:
-        if not decoders:
-            return LARGEST
-        mixed = next((step for step in reversed(steps) if step.prompt_tokens and step.decoders), None)
-        alone = [step.seconds for step in steps[-64:] if not step.prompt_tokens and step.decoders]
-        decode_s = float(np.median(alone)) if alone else 0.0
-        if mixed is None:
-            return decoders + 4 * SMALLEST
-        per_token_s = max(1e-9, (mixed.seconds - decode_s) / mixed.prompt_tokens)
-        fitting = int((max(target_s, 2 * decode_s) - decode_s) / per_token_s)
-        return decoders + min(max(fitting, SMALLEST), LARGEST, 2 * mixed.prompt_tokens)
-
-    return budget
-
-
 def policies(prompt_tokens: int, decoders: int, target_s: float) -> dict[str, Policy]:
+    """Chunks of so many tokens, and the engine's own, which may take the whole prompt."""
     whole = prompt_tokens + decoders
-    known = {f"{budget} tokens": fixed(budget) for budget in (64, 256, 1024)}
-    return known | {"whole prompt": fixed(whole), f"within {target_s * 1e3:.0f} ms": within(target_s)}
+    fixed: dict[str, Policy] = {f"{budget} tokens": Chunking(budget, 0) for budget in (64, 256, 1024)}
+    return fixed | {"whole prompt": Chunking(whole, 0), f"within {target_s * 1e3:.0f} ms": Chunking(whole, target_s)}
 
 
 @dataclass(frozen=True)
@@ -162,14 +130,12 @@ class Work:
 
 
 class Trial:
-    """An engine under a policy; notes what each step held, and when each request got its tokens."""
+    """An engine under a policy; notes when each request got its tokens."""
 
     def __init__(self, execute: Execute, policy: Policy, work: Work) -> None:
-        self._execute, self._policy = execute, policy
-        self.engine = Engine.of(self._watch, work.num_blocks, work.settings)
-        self._prompt_tokens = 0
+        self.engine = Engine.of(execute, work.num_blocks, work.settings)
+        self.engine.chunking = policy
         self._last: dict[int, float] = {}  # of every request that decodes
-        self.steps: list[Step] = []
         self.gaps: list[Gap] = []
 
     def add(self, number: int, prompt: list[int], max_tokens: int) -> None:
@@ -178,19 +144,14 @@ class Trial:
 
     def become(self, policy: Policy) -> None:
         """From now on under another policy, which sees some steps of the decoders alone first."""
-        self._policy = policy
-        self.steps.clear()
+        self.engine.chunking = policy
         for _ in range(STEPS_AROUND):
             self.step()
 
     def step(self) -> set[int]:
         """The requests that got a token."""
-        decoders = len(self._last)
-        self.engine.scheduler.max_batch_tokens = self._policy(self.steps, decoders)
-        began = time.perf_counter()
         outputs = self.engine.step()
         now = time.perf_counter()
-        self.steps.append(Step(now - began, decoders, self._prompt_tokens))
         for output in outputs:
             if output.request_id in self._last:
                 self.gaps.append(Gap(output.request_id, now, now - self._last[output.request_id]))
@@ -206,10 +167,6 @@ class Trial:
             pass
         return time.perf_counter() - began
 
-    def _watch(self, batch: Batch) -> Tensor:
-        self._prompt_tokens = int(batch.counts[batch.counts > 1].sum())
-        return self._execute(batch)
-
 
 def measure(execute: Execute, name: str, policy: Policy, work: Work, model: str) -> tuple[Measurement, list[Gap]]:
     """The long prompt alone, then beside the decoders. The gaps count from its arrival."""
@@ -217,7 +174,7 @@ def measure(execute: Execute, name: str, policy: Policy, work: Work, model: str)
     alone = Trial(execute, policy, work)
     alone.add(LONG, work.prompt(LONG, vocab_size), max_tokens=1)
     alone_s = alone.until(LONG)
-    trial = Trial(execute, fixed(work.settings.max_batch_tokens), work)
+    trial = Trial(execute, Chunking(work.settings.max_batch_tokens, 0), work)
     for number in range(work.decoders):
         trial.add(number, work.prompt(number, vocab_size), max_tokens=work.most_output)
     trial.step()
@@ -275,7 +232,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.flatness", description=__doc__)
     parser.add_argument("--models", nargs="+", default=["S"], choices=list(models.MODELS))
     parser.add_argument("--prompt-tokens", type=int, default=4096)
-    parser.add_argument("--target-ms", type=float, default=50.0, help="of a step, for the policy that goes by time")
+    parser.add_argument(
+        "--target-ms", type=float, default=EngineSettings().step_target_ms, help="of a step, for the engine's own policy"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show the table and write nothing")
     return parser.parse_args(argv)
 

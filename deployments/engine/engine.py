@@ -20,6 +20,7 @@ from cluster.settings import EngineSettings
 from cluster.types import FinishReason, Priority, Sampling
 from deployments.engine.batch import Batch
 from deployments.engine.blocks import BlockPool
+from deployments.engine.chunking import Chunking
 from deployments.engine.scheduler import Scheduler, Slice
 from deployments.engine.sequence import Sequence
 from deployments.engine.speculation import Speculation
@@ -85,6 +86,7 @@ class Engine:
 
     execute: Execute
     scheduler: Scheduler
+    chunking: Chunking
     speculation: Speculation | None = None
     clock: Callable[[], float] = time.perf_counter
     _requests: dict[int, list[Sequence]] = field(default_factory=dict)  # the unfinished choices of each request
@@ -98,7 +100,8 @@ class Engine:
             max_batch_tokens=settings.max_batch_tokens,
             prefix_cache=settings.prefix_cache,
         )
-        return cls(execute, scheduler, Speculation(settings.speculation) if settings.speculation else None)
+        speculation = Speculation(settings.speculation) if settings.speculation else None
+        return cls(execute, scheduler, Chunking(settings.max_batch_tokens, settings.step_target_ms / 1e3), speculation)
 
     @property
     def has_work(self) -> bool:
@@ -136,6 +139,7 @@ class Engine:
     def step(self) -> list[Output]:
         """Compute one step and return its tokens: one for each sequence that samples, and its guesses that were right."""
         began = self.clock()
+        self.scheduler.budget = self.chunking.budget(self.scheduler.num_decoders)
         slices: Items[Slice] = self.scheduler.schedule()
         if not slices:
             return []
@@ -150,6 +154,7 @@ class Engine:
         seconds = self.clock() - began
         self._counts.steps += 1
         self._counts.busy_s += seconds
+        self.chunking.learn(*_composition(slices), seconds)
         if self.speculation:
             self.speculation.learn(slices, seconds)
         return outputs
@@ -222,6 +227,12 @@ class Engine:
         sequences.remove(sequence)
         if not sequences:
             del self._requests[sequence.request_id]
+
+
+def _composition(slices: Items[Slice]) -> tuple[int, int]:
+    """Decoders, and tokens of prompts."""
+    decoders = sum(item.count == 1 for item in slices)
+    return decoders, sum(item.count for item in slices) - decoders
 
 
 def choice_seed(seed: int, index: int) -> int:

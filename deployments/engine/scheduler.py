@@ -65,6 +65,7 @@ class Scheduler:
         self.pool = pool
         self.max_sequences = min(max_sequences, max_batch_tokens)  # a decoder must never lack a place in the budget
         self.max_batch_tokens = max_batch_tokens
+        self.budget = max_batch_tokens  # tokens of the next step; never less than the running sequences need
         self.prefix_cache = prefix_cache
         self.waiting = Flows()
         self.running: dict[Sequence, Flow] = {}  # by the time that they have run
@@ -74,6 +75,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
+
+    @property
+    def num_decoders(self) -> int:
+        """Running sequences that take one token a step."""
+        return sum(sequence.num_pending == 1 for sequence in self.running)
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a sequence of so many tokens could ever run."""
@@ -166,7 +172,7 @@ class Scheduler:
     def _next_turn(self, num_running: int, wanted: dict[Flow, int]) -> tuple[Sequence, Flow] | None:
         """Who gets the next place. While prompts want more than this step has, that is only for tenants that have none under way:
         the others wait for their own, and `batch` for `interactive`."""
-        is_full = num_running + sum(wanted.values()) >= self.max_batch_tokens
+        is_full = num_running + sum(wanted.values()) >= self.budget
         for flow in self.waiting.turns():
             if is_full and (flow in wanted or len(wanted) >= MAX_SHARES or not self.waiting.is_entitled(flow)):
                 continue
@@ -186,7 +192,7 @@ class Scheduler:
 
     def _share(self, counts: dict[Sequence, int]) -> None:
         """Give what is left of the budget to unfinished prompts; of one flow's, to those that have run longest."""
-        budget, wanted = self.max_batch_tokens - len(counts), self._prompts(counts)
+        budget, wanted = max(0, self.budget - len(counts)), self._prompts(counts)
         interactive = {flow: num for flow, num in wanted.items() if flow.service is self.waiting.interactive}
         batch = {flow: num for flow, num in wanted.items() if flow not in interactive}
         part = batch_part(budget, sum(interactive.values()), sum(batch.values()))

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from bench import flatness, models
-from bench.flatness import Gap, Step, Trial, Work, fixed, measure, policies, rows, summarise, table, within
+from bench.flatness import Gap, Trial, Work, measure, policies, rows, summarise, table
 from bench.step import NoModel
 from deployments.engine.batch import Batch
+from deployments.engine.chunking import Chunking
 
 WORK = Work(decoders=3, context=20, prompt_tokens=100)
 
@@ -30,7 +31,7 @@ def small_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("budget", "expected"), [(28, [25] * 4), (63, [60, 40]), (103, [100])])
 def test_a_fixed_budget_is_shared_by_decoders_and_prompt(budget: int, expected: list[int]) -> None:
     model = NoModel(4, vocab_size=50)
-    measurement, gaps = measure(model.execute, "x", fixed(budget), WORK, "S")
+    measurement, gaps = measure(model.execute, "x", Chunking(budget, 0), WORK, "S")
     assert chunks(model) == expected
     assert {gap.request for gap in gaps} == {0, 1, 2}
     assert measurement.gap_max_ms >= measurement.gap_p99_ms >= measurement.gap_p50_ms > 0
@@ -44,29 +45,12 @@ def test_every_policy_brings_the_prompt_in() -> None:
         assert sum(chunks(model)) in (99, 100)  # a last chunk of one token looks like a decoder
 
 
-def test_a_policy_by_time_fills_what_the_target_leaves() -> None:
-    alone, mixed = Step(0.010, 8, 0), Step(0.030, 8, 40)  # 10 ms to decode, 0.5 ms for a token of the prompt
-    assert within(0.040)([alone, alone, mixed], 8) == 8 + 60
-    assert within(0.100)([alone, alone, mixed], 8) == 8 + 80, "a chunk at most doubles"
-    assert within(0.005)([alone, alone, mixed], 8) == 8 + 20, "a large model may take twice its own step"
-    slow = Step(0.810, 8, 40)  # 20 ms for a token of the prompt
-    assert within(0.040)([alone, alone, slow], 8) == 8 + flatness.SMALLEST, "the prompt always goes on"
-    assert within(0.040)([alone], 0) == flatness.LARGEST, "nobody waits for a token"
-
-
-def test_a_policy_by_time_starts_carefully() -> None:
-    assert within(10.0)([Step(0.010, 8, 0)], 8) == 8 + 64
-    assert within(10.0)([], 8) == 8 + 64
-
-
 def test_gaps_count_between_one_token_and_the_next_of_the_same_request() -> None:
-    trial = Trial(NoModel(3, vocab_size=50).execute, fixed(1000), Work(decoders=2, context=4, prompt_tokens=8))
+    trial = Trial(NoModel(3, vocab_size=50).execute, Chunking(1000, 0), Work(decoders=2, context=4, prompt_tokens=8))
     for number in (0, 1):
         trial.add(number, [1, 2, 3, 4], max_tokens=3)
     assert [trial.step() for _ in range(3)] == [{0, 1}] * 3
     assert [gap.request for gap in trial.gaps] == [0, 1, 0, 1]
-    assert [step.decoders for step in trial.steps] == [0, 2, 2]
-    assert [step.prompt_tokens for step in trial.steps] == [8, 0, 0]
 
 
 def test_only_gaps_beside_the_prompt_are_its_doing() -> None:
