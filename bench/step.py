@@ -27,6 +27,7 @@ from bench.harness import Row, Table, versions, write
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.batch import Batch, Ints
+from deployments.engine.chunking import Chunking
 from deployments.engine.engine import Engine, Request
 
 if TYPE_CHECKING:
@@ -150,14 +151,14 @@ def _decoding(case: Case, num_steps: int, model: NoModel) -> Engine:
     """An engine whose decoders have their prompts behind them and don't end soon."""
     prompt_tokens, max_tokens = case.running * case.context, num_steps + 2
     sequences = case.running + bool(case.chunk)
-    settings = EngineSettings(max_sequences=sequences, max_batch_tokens=max(16, prompt_tokens), speculation=0)
+    settings = EngineSettings(max_sequences=sequences, max_batch_tokens=max(16, prompt_tokens), step_target_ms=0, speculation=0)
     longest = [case.context + max_tokens] * case.running + [case.chunk * CHUNKS] * 2
     blocks = sum(-(-tokens // settings.block_size) for tokens in longest)
     engine = Engine.of(model.execute, blocks, settings)
     for number, prompt in zip(range(case.running), _prompts(case.context), strict=False):
         engine.add(_request(number, prompt, max_tokens))
     engine.step()
-    engine.scheduler.max_batch_tokens = case.running + case.chunk
+    engine.chunking = Chunking(case.running + case.chunk, 0)
     return engine
 
 
