@@ -137,7 +137,8 @@ class Decoder:
             raise MemoryError("no memory for a step of so many tokens; lower engine.max_batch_tokens")
         if result and self._meeting:
             self._meeting.check(result)
-        if self._failure:
+        elif result:
+            assert self._failure, f"the decoder failed with {result} and nobody said why"
             raise self._failure
 
     def _layer(self, layer: LayerDescription, pages: np.ndarray[Any, Any]) -> _Layer:
@@ -146,7 +147,7 @@ class Decoder:
         described = _Layer(
             self._matrix(torch.cat([part.weight for part in qkv]), _bias_of(qkv)),
             self._summed(attention_out),
-            self._matrix(interleave(*layer.gate_up), None),
+            self._matrix(interleave(*layer.gate_up), interleave(*layer.gate_up_bias) if layer.gate_up_bias else None),
             self._summed(mlp_out),
             *[self._address(norm) for norm in (layer.input_norm, layer.query_norm, layer.key_norm)],
             *[self._address(norm) for norm in (layer.attention_norm, layer.mlp_input_norm, layer.mlp_norm)],

@@ -57,8 +57,16 @@ class LayerDescription:
 
     @property
     def gate_up(self) -> list[Tensor]:
+        """Weights of the gates and of what they gate."""
         fused = getattr(self.mlp, "gate_up_proj", None)
         return list(fused.weight.chunk(2)) if fused else [self.mlp.gate_proj.weight, self.mlp.up_proj.weight]
+
+    @property
+    def gate_up_bias(self) -> list[Tensor] | None:
+        fused = getattr(self.mlp, "gate_up_proj", None)
+        if fused:
+            return None if fused.bias is None else list(fused.bias.chunk(2))
+        return None if self.mlp.gate_proj.bias is None else [self.mlp.gate_proj.bias, self.mlp.up_proj.bias]
 
     @property
     def outputs(self) -> tuple[Any, Any]:
@@ -129,7 +137,7 @@ def describe(model: nn.Module, calls: dict[int, AttentionCall], rank: int, max_p
         sines=sines,
         final_norm=_norm(body.norm, family),
         head=head,
-        head_offset=rank * head.weight.shape[1] if head.weight.shape[1] < config.hidden_size else 0,
+        head_offset=_head_offset(head, rank, config.hidden_size),
     )
     _require_shapes(found)
     return found
@@ -171,6 +179,11 @@ def _embedding_scale(config: Any, family: Family, dtype: torch.dtype) -> float:
     return float(torch.tensor(scale, dtype=dtype))
 
 
+def _head_offset(head: Any, rank: int, hidden: int) -> int:
+    """Where this rank's inputs of the head begin: DeepSpeed gives each rank a part of them, not all parts of one size."""
+    return 0 if head.weight.shape[1] == hidden else sum(head._partition_sizes[:rank])
+
+
 def _require_shapes(found: Description) -> None:
     """The decoder works on whole vectors."""
     shapes = {(layer.call.heads, layer.call.kv_heads, layer.call.head_size) for layer in found.layers}
@@ -180,6 +193,7 @@ def _require_shapes(found: Description) -> None:
         "head size": found.head_size % 32,
         "rotary size": found.rotary_size % 32,
         "hidden size": found.hidden % 16,
+        "part of the head": found.head.weight.shape[1] % 16 + found.head_offset % 2,
         "heads over key/value heads": found.heads % found.kv_heads,
     }
     if wrong := [name for name, rest in odd.items() if rest]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cluster.errors import ModelNotServable
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
-from deployments.engine.attention import KvCache
+from deployments.engine.attention import NAME, KvCache, register
 from deployments.engine.batch import Batch
 from deployments.engine.local import LocalEngine
 from deployments.engine.native import build as native_build
@@ -21,7 +21,7 @@ from deployments.engine.native.decoder import PHASES, Decoder
 from deployments.engine.native.description import describe
 from deployments.engine.native.proof import Disproved, Ranks, decoder_of
 from deployments.engine.runner import Runner, load_model
-from tests.deployments.engine.families import VOCABULARY, build
+from tests.deployments.engine.families import FAMILIES, VOCABULARY, build
 
 BLOCK, BLOCKS = 16, 32
 CACHE = EngineSettings().cache
@@ -72,6 +72,23 @@ def test_float32_logits_are_those_of_the_module(directories: dict[str, Path], fa
     runner = checked(directories[family])
     expected = run(runner)
     for found, wanted in zip(run(decoder(runner, threads=threads)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_biases_are_added_wherever_a_model_has_them() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    register()
+    torch.manual_seed(0)
+    config = LlamaConfig(**FAMILIES["llama"], attention_bias=True, mlp_bias=True, attn_implementation=NAME)
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    runner = Runner(model, KvCache(BLOCKS, BLOCK))
+    runner.check()
+    expected = run(runner)
+    for found, wanted in zip(run(decoder(runner)), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
