@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,7 +28,6 @@ from deployments.engine.rendezvous import Rendezvous
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deployments.engine.wire import Wire
 
 OURS, GLOO, DEEPSPEED = "ours", "gloo", "DeepSpeed"
 WIDTHS = (512, 896, 4096)
@@ -66,16 +65,7 @@ class Measurement:
     medians_us: dict[str, float]
 
 
-class DeepSpeedMemory:
-    """DeepSpeed's kernel, which only reduces."""
-
-    def broadcast(self, tensor: Tensor) -> None:
-        raise NotImplementedError
-
-    def all_reduce(self, tensor: Tensor) -> None:
-        import torch
-
-        torch.ops.deepspeed.inference_all_reduce_(tensor)
+Call = Callable[["Tensor"], None]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -124,42 +114,46 @@ def _rank(rendezvous: Rendezvous, rounds: int, work_us: float, report: Connectio
     import torch
 
     torch.set_num_threads(1)
-    wires = _wires(rendezvous)
+    calls = _calls(rendezvous)
     stamps: dict[str, dict[str, list[tuple[int, int]]]] = {}
     for case in CASES:
         tensor = torch.zeros(case.rows, case.columns)
-        ways = {way: wire for way, wire in wires.items() if case.what == "all-reduce" or way != DEEPSPEED}
+        ways = calls[case.what]
         stamps[case.name] = {way: [] for way in ways}
         for turn in range(rounds + 5):
-            for way, wire in ways.items():
-                stamp = _timed(wire, case, tensor, work_us)
+            for way, call in ways.items():
+                stamp = _timed(call, tensor, work_us)
                 if turn >= 5:
                     stamps[case.name][way].append(stamp)
     report.send(stamps)
-    wires[GLOO].all_reduce(torch.zeros(1))  # nobody ends while another still works
+    calls["all-reduce"][GLOO](torch.zeros(1))  # nobody ends while another still works
 
 
-def _timed(wire: Wire, case: Case, tensor: Tensor, work_us: float) -> tuple[int, int]:
+def _timed(call: Call, tensor: Tensor, work_us: float) -> tuple[int, int]:
     end = time.monotonic_ns() + int(work_us * 1e3)
     while time.monotonic_ns() < end:
         pass
     begin = time.monotonic_ns()
-    (wire.broadcast if case.what == "broadcast" else wire.all_reduce)(tensor)
+    call(tensor)
     return begin, time.monotonic_ns()
 
 
-def _wires(rendezvous: Rendezvous) -> dict[str, Wire]:
+def _calls(rendezvous: Rendezvous) -> dict[str, dict[str, Call]]:
+    """By what is done and by whom. DeepSpeed's kernel only reduces."""
+    import torch
+
     from deployments.engine.native.meeting import Meeting
     from deployments.engine.wire import Gloo, all_agree, join
 
     ours = join(rendezvous, EngineSettings().cache)
     if not isinstance(ours, Meeting):
         raise SystemExit("ranks can't share memory here; the log above says why")
-    wires: dict[str, Wire] = {OURS: ours, GLOO: Gloo()}
+    gloo = Gloo()
+    reduces: dict[str, Call] = {OURS: ours.all_reduce, GLOO: gloo.all_reduce}
     if all_agree(_load_deepspeed(rendezvous)):
-        wires[DEEPSPEED] = DeepSpeedMemory()
+        reduces[DEEPSPEED] = torch.ops.deepspeed.inference_all_reduce_
     _unlink_deepspeed()
-    return wires
+    return {"all-reduce": reduces, "broadcast": {OURS: ours.broadcast, GLOO: gloo.broadcast}}
 
 
 def _load_deepspeed(rendezvous: Rendezvous) -> bool:

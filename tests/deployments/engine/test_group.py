@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deployments.engine.native import build
 from deployments.engine.rendezvous import Rendezvous
 
 pytestmark = pytest.mark.timeout(240)
@@ -26,16 +25,6 @@ class Report:
     shares: bool
     batches: list[np.ndarray]
     reduced: float
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("cache")
-    try:
-        build.library(directory)
-    except build.NativeUnavailable as error:
-        pytest.skip(str(error))
-    return directory
 
 
 def batches() -> list[np.ndarray]:

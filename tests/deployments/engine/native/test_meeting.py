@@ -28,16 +28,6 @@ CHUNK = 1 << 16
 UNHURRIED = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("cache")
-    try:
-        build.library(directory)
-    except build.NativeUnavailable as error:
-        pytest.skip(str(error))
-    return directory
-
-
 @pytest.fixture(scope="module", params=[2, 3, 4], ids="{} ranks".format)
 def ranks(request: pytest.FixtureRequest, cache: Path) -> Iterator[Ranks]:
     with Ranks(cache, request.param) as group:
