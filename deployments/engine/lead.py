@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 
-from deployments.engine.channel import Abort, Add, Beat, LeaderEnd, Tokens
+from cluster.errors import PlatformError
+from deployments.engine.channel import Abort, Add, Beat, Do, Done, LeaderEnd, Tokens
 from deployments.engine.engine import Engine
 from deployments.engine.shard import Shard
 
@@ -30,6 +31,8 @@ def _loop(shard: Shard, engine: Engine, wire: LeaderEnd) -> None:
                     engine.add(request)
                 case Abort(request_id, index):
                     engine.abort(request_id, index)
+                case Do():
+                    wire.send(_done(shard, command))
         if engine.has_work:
             if outputs := engine.step():
                 wire.send(Tokens(outputs))
@@ -39,3 +42,11 @@ def _loop(shard: Shard, engine: Engine, wire: LeaderEnd) -> None:
         if commands or time.monotonic() - last_beat >= BEAT_S:
             wire.send(Beat(engine.stats()))
             last_beat = time.monotonic()
+
+
+def _done(shard: Shard, command: Do) -> Done:
+    try:
+        shard.command(command.order)
+    except PlatformError as error:
+        return Done(command.id, error.message)
+    return Done(command.id)

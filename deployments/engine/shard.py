@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.errors import ModelNotServable
+from cluster.errors import ModelNotServable, PlatformError
 from cluster.settings import EngineSettings
 from deployments.engine.batch import Batch
 from deployments.engine.checkpoint import ModelInfo
+from deployments.engine.orders import Look, Order
 from deployments.engine.progress import Progress
 from deployments.engine.rendezvous import Rendezvous
 
@@ -128,9 +129,36 @@ class Shard:
     def follow(self) -> None:
         """Every other rank: run what the leader sends, until it stops or the group breaks."""
         assert self.group, "a single rank has nobody to follow"
-        while (packed := self.group.receive()) is not None:
-            self.runner.run(Batch.unpack(packed))
+        while (received := self.group.receive()) is not None:
+            if isinstance(received, Order):
+                self._together(received)
+            else:
+                self.runner.run(Batch.unpack(received))
         self.runner.close()
+
+    def command(self, order: Order) -> None:
+        """Leader: have every rank obey, between two steps. Raises PlatformError when a rank could not; the group goes on."""
+        if self.group:
+            self.group.order(order)
+        if error := self._together(order):
+            raise error
+
+    def _together(self, order: Order) -> PlatformError | None:
+        """Obey, and hear how the others fared."""
+        failure = None
+        try:
+            self._obey(order)
+        except PlatformError as error:
+            failure = error
+        if self.group and not self.group.all_agree(failure is None):
+            return failure or PlatformError(f"another rank could not obey {type(order).__name__}")
+        return failure
+
+    def _obey(self, order: Order) -> None:
+        """Raises PlatformError for what this rank can't do; it is then as it was before."""
+        match order:
+            case Look():
+                pass
 
     def ping(self) -> None:
         if self.group:
