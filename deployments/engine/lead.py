@@ -15,7 +15,7 @@ BEAT_S = 1.0
 
 def lead(shard: Shard, path: str) -> None:
     """Serve the replica that listens at `path`. Raises what breaks the group; returns when the replica is gone."""
-    engine = Engine.of(shard.execute, shard.spec.num_blocks, shard.spec.settings)
+    engine = Engine.of(shard.execute, shard.spec.num_blocks, shard.spec.settings, shard.choose)
     with LeaderEnd(path) as wire, contextlib.suppress(ConnectionError):  # which only the replica's end gives
         wire.send(Beat(engine.stats()))
         _loop(shard, engine, wire)

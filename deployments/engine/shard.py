@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from deployments.engine.native.decoder import Decoder
     from deployments.engine.native.proof import Ranks
     from deployments.engine.runner import Runner
+    from deployments.engine.sampler import Choose
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Shard:
         self.progress = progress or Progress()
         self.group = self._join()
         self.runner = self._runner()
+        self.choose = self._choose() if spec.rendezvous.rank == 0 else None
 
     def _join(self) -> Group | None:
         if self.spec.rendezvous.size == 1:
@@ -101,6 +103,19 @@ class Shard:
                 raise ModelNotServable(f"{self.spec.directory.name}: engine.native=true, but {error}") from error
             log.info("runs through torch", extra={"reason": str(error)})
             return self._checked() if isinstance(error, Disproved) else runner
+
+    def _choose(self) -> Choose | None:
+        """The compiled way from logits to tokens, where it can be had."""
+        from deployments.engine.native.build import NativeUnavailable
+        from deployments.engine.native.sampling import NativeSampler
+
+        if self.spec.settings.native is False:
+            return None
+        try:
+            return NativeSampler(self.spec.settings.cache, self.spec.threads)
+        except NativeUnavailable as error:
+            log.info("samples through torch", extra={"reason": str(error)})
+            return None
 
     def _ranks(self) -> Ranks:
         from deployments.engine.native.proof import Ranks
