@@ -89,7 +89,7 @@ def draw(logits: Tensor, sequences: Items[Sequence]) -> list[int]:
         logits = truncate(logits, [s.sampling for s in sequences])
     sums = (logits - logits.amax(-1, keepdim=True)).double().exp().cumsum(-1)
     wanted = torch.tensor([uniform(s.seed, s.num_output) for s in sequences], dtype=torch.float64)[:, None] * sums[:, -1:]
-    return torch.searchsorted(sums, wanted, right=True).clamp_max_(logits.shape[1] - 1)[:, 0].tolist()  # type: ignore[no-any-return]
+    return torch.searchsorted(sums, wanted, right=True).clamp_max_(logits.shape[1] - 1)[:, 0].tolist()
 
 
 def largest(logits: Tensor) -> list[int]:

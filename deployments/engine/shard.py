@@ -86,9 +86,9 @@ class Shard:
         from deployments.engine.native.build import NativeUnavailable
         from deployments.engine.native.proof import Disproved, decoder_of
 
-        runner = self._checked()
+        runner = self._loaded()
         if self.spec.settings.native is False:
-            return runner
+            return _checked(runner)
         try:
             return decoder_of(
                 runner,
@@ -102,7 +102,7 @@ class Shard:
             if self.spec.settings.native:
                 raise ModelNotServable(f"{self.spec.directory.name}: engine.native=true, but {error}") from error
             log.info("runs through torch", extra={"reason": str(error)})
-            return self._checked() if isinstance(error, Disproved) else runner
+            return _checked(self._loaded() if isinstance(error, Disproved) else runner)
 
     def _choose(self) -> Choose | None:
         """The compiled way from logits to tokens, where it can be had."""
@@ -123,17 +123,15 @@ class Shard:
         group = self.group
         return Ranks(group.rank, group.all_agree, group.meeting or group.all_reduce) if group else Ranks()
 
-    def _checked(self) -> Runner:
-        """The model in transformers' own code, cut to this rank's part, with paging proven."""
+    def _loaded(self) -> Runner:
+        """The model in transformers' own code, cut to this rank's part."""
         from deployments.engine.attention import KvCache
         from deployments.engine.load import load
         from deployments.engine.runner import Runner
 
         spec = self.spec
         model = load(spec.directory, spec.model.dtype, self.group, spec.settings, self.progress)
-        runner = Runner(model, KvCache(spec.num_blocks, spec.settings.block_size))
-        runner.check()
-        return runner
+        return Runner(model, KvCache(spec.num_blocks, spec.settings.block_size))
 
     def execute(self, batch: Batch) -> Tensor:
         """Leader: run a step on every rank."""
@@ -183,3 +181,9 @@ class Shard:
         if self.group:
             self.group.stop()
         self.runner.close()
+
+
+def _checked(runner: Runner) -> Runner:
+    """With paging proven."""
+    runner.check()
+    return runner
