@@ -32,12 +32,15 @@ class Group:
     """A joined group of two or more ranks; rank 0 leads. A process joins once; a second model shares the group."""
 
     wire: ClassVar[Wire | None] = None
+    joined: ClassVar[str | None] = None  # the address where this process met its others
 
     def __init__(self, rendezvous: Rendezvous, *, native: Path | None) -> None:
         """`native` is where compiled parts are kept or built, for shared memory; None: gloo."""
         self.rank, self.size = rendezvous.rank, rendezvous.size
         self._buffer = torch.zeros(HEAD, dtype=torch.int32)
+        assert Group.joined in (None, rendezvous.address), "this process belongs to a group of other ranks already"
         self._wire = Group.wire = Group.wire or join(rendezvous, native)
+        Group.joined = rendezvous.address
 
     @property
     def meeting(self) -> Meeting | None:
