@@ -27,7 +27,7 @@ status: $(RUN)  ## what runs and what is served
 	@$(BIN)/mmaas status
 
 test: $(DEV)  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 check: lint  ## what must hold before anything is merged
 	$(BIN)/python -m mypy

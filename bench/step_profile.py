@@ -16,8 +16,10 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from bench import models
@@ -52,8 +54,9 @@ class Measurement:
 def main(argv: Sequence[str] | None = None) -> None:
     options = _arguments(argv)
     measured: list[Measurement] = []
-    for model in options.models:
-        measured += measure(model, options)
+    for model in options.models:  # each in a process of its own: a process joins one group of ranks
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            measured += process.submit(measure, model, options).result()
     shown = table(measured)
     shown.show()
     if not options.dry_run:
@@ -100,7 +103,7 @@ def measure(model: str, options: argparse.Namespace) -> list[Measurement]:
 
 def measure_steps(local: LocalEngine, model: str, running: int, options: argparse.Namespace) -> Measurement:
     watch, runner = Watch(local.shard), local.shard.runner
-    engine = Engine.of(watch.execute, local.shard.spec.num_blocks, local.shard.spec.settings)
+    engine = Engine.of(watch.execute, local.shard.spec.num_blocks, local.shard.spec.settings, local.shard.choose)
     for request in requests(running, options.context, models.MODELS[model]["vocab_size"]):
         engine.add(request)
     while engine.scheduler.waiting or any(sequence.in_prompt for sequence in engine.scheduler.running):

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 Priority = Literal["interactive", "batch"]
 """Classes of service: `batch` yields to `interactive`, and gets a small share of a busy model."""
 
@@ -51,6 +51,15 @@ class ModelRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What form an answer must have. `text` is a JSON schema, a regular expression or a grammar in Lark's notation as llguidance
+    reads it; none for `json_object`."""
+
+    kind: Literal["json_object", "json_schema", "regex", "grammar"]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are chosen. Defaults are those of the OpenAI API, except that `max_tokens=None` means up to the context window."""
 
@@ -70,6 +79,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely ones'
     n: int = 1
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)

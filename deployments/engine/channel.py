@@ -16,6 +16,7 @@ import threading
 import msgspec
 
 from deployments.engine.engine import Output, Request, Stats
+from deployments.engine.orders import ORDERS
 
 _LENGTH = struct.Struct("<I")
 
@@ -33,6 +34,20 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
     index: int | None = None
 
 
+class Do(msgspec.Struct, tag=True, frozen=True):
+    """To rank 0: have every rank obey this between two steps, and say when it is done."""
+
+    id: int
+    order: ORDERS
+
+
+class Done(msgspec.Struct, tag=True, frozen=True):
+    """From rank 0: an order was obeyed; or why not, then the group is as before."""
+
+    id: int
+    error: str | None = None
+
+
 class Tokens(msgspec.Struct, tag=True, frozen=True):
     """From rank 0: what a step gave."""
 
@@ -45,8 +60,8 @@ class Beat(msgspec.Struct, tag=True, frozen=True):
     stats: Stats
 
 
-Command = Add | Abort
-Report = Tokens | Beat
+Command = Add | Abort | Do
+Report = Tokens | Beat | Done
 _commands = msgspec.msgpack.Decoder(Command)
 _reports = msgspec.msgpack.Decoder(Report)
 

@@ -28,7 +28,7 @@ from deployments.engine.speculation import Speculation
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deployments.engine.sampler import Sampled
+    from deployments.engine.sampler import Choose, Sampled
 
 Execute = Callable[[Batch], "Tensor"]
 
@@ -88,12 +88,13 @@ class Engine:
     scheduler: Scheduler
     chunking: Chunking
     speculation: Speculation | None = None
+    choose: Choose | None = None  # None: the sampler's own
     clock: Callable[[], float] = time.perf_counter
     _requests: dict[int, list[Sequence]] = field(default_factory=dict)  # the unfinished choices of each request
     _counts: Stats = field(default_factory=Stats)  # gauges stay zero here: `stats` reads them where they live
 
     @classmethod
-    def of(cls, execute: Execute, num_blocks: int, settings: EngineSettings) -> Engine:
+    def of(cls, execute: Execute, num_blocks: int, settings: EngineSettings, choose: Choose | None = None) -> Engine:
         scheduler = Scheduler(
             BlockPool(num_blocks, settings.block_size),
             max_sequences=settings.max_sequences,
@@ -101,7 +102,7 @@ class Engine:
             prefix_cache=settings.prefix_cache,
         )
         speculation = Speculation(settings.speculation) if settings.speculation else None
-        return cls(execute, scheduler, Chunking(settings.max_batch_tokens, settings.step_target_ms / 1e3), speculation)
+        return cls(execute, scheduler, Chunking(settings.max_batch_tokens, settings.step_target_ms / 1e3), speculation, choose)
 
     @property
     def has_work(self) -> bool:
@@ -177,14 +178,15 @@ class Engine:
         with the sequence as it would be without guessing, and the noise being a function of seed and place, gives that token."""
         if not slices:
             return []
-        from deployments.engine.sampler import sample
+        from deployments.engine import sampler
 
+        choose = self.choose or sampler.choose
         outputs = []
         rows = accumulate((1 + len(item.draft) for item in slices[:-1]), initial=0)
         going, place = list(zip(slices, rows, strict=True)), 0
         while going:
             wanted = logits if len(going) == len(logits) else logits[[row + place for _, row in going]]
-            chosen = sample(wanted, [item.sequence for item, _ in going])
+            chosen = sampler.sample(wanted, [item.sequence for item, _ in going], choose)
             outputs += [self._take(item.sequence, token) for (item, _), token in zip(going, chosen, strict=True)]
             going = [(item, row) for item, row in going if self._goes_on(item, place)]
             place += 1

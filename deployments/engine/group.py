@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cluster.errors import ModelNotServable, ReplicaLost
 from deployments.engine.batch import Ints
 from deployments.engine.native.meeting import Meeting
+from deployments.engine.orders import Order, pack, unpack
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.wire import Wire, all_agree, join
 
@@ -23,18 +24,23 @@ log = logging.getLogger(__name__)
 HEAD = 4096
 """Numbers in the first message of a step. A longer batch needs a second message."""
 PING, STOP = 0, -1
+ORDER = -2
+"""The next number is the order's length in bytes, which come in a message of their own."""
 
 
 class Group:
     """A joined group of two or more ranks; rank 0 leads. A process joins once; a second model shares the group."""
 
     wire: ClassVar[Wire | None] = None
+    joined: ClassVar[str | None] = None  # the address where this process met its others
 
     def __init__(self, rendezvous: Rendezvous, *, native: Path | None) -> None:
         """`native` is where compiled parts are kept or built, for shared memory; None: gloo."""
         self.rank, self.size = rendezvous.rank, rendezvous.size
         self._buffer = torch.zeros(HEAD, dtype=torch.int32)
+        assert Group.joined in (None, rendezvous.address), "this process belongs to a group of other ranks already"
         self._wire = Group.wire = Group.wire or join(rendezvous, native)
+        Group.joined = rendezvous.address
 
     @property
     def meeting(self) -> Meeting | None:
@@ -84,8 +90,15 @@ class Group:
         if len(batch) > head:
             self._wire.broadcast(torch.from_numpy(np.ascontiguousarray(batch[head:])))
 
-    def receive(self) -> Ints | None:
-        """Follower: wait for the next batch and answer pings; None when the leader has stopped."""
+    def order(self, order: Order) -> None:
+        """Leader: what every other rank is to do before the next batch."""
+        packed = torch.frombuffer(bytearray(pack(order)), dtype=torch.uint8).to(torch.int32)
+        self._buffer[:2] = torch.tensor([ORDER, len(packed)])
+        self._wire.broadcast(self._buffer)
+        self._wire.broadcast(packed)
+
+    def receive(self) -> Ints | Order | None:
+        """Follower: wait for the next batch or order, and answer pings; None when the leader has stopped."""
         while True:
             self._wire.broadcast(self._buffer)
             length = int(self._buffer[0])
@@ -94,6 +107,10 @@ class Group:
             if length == PING:
                 self._count()
                 continue
+            if length == ORDER:
+                packed = torch.empty(int(self._buffer[1]), dtype=torch.int32)
+                self._wire.broadcast(packed)
+                return unpack(packed.to(torch.uint8).numpy().tobytes())
             batch = self._buffer[1 : min(length, HEAD - 1) + 1].numpy().copy()
             if length > HEAD - 1:
                 rest = torch.empty(length - (HEAD - 1), dtype=torch.int32)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 
-from deployments.engine.channel import Abort, Add, Beat, LeaderEnd, Tokens
+from cluster.errors import PlatformError
+from deployments.engine.channel import Abort, Add, Beat, Do, Done, LeaderEnd, Tokens
 from deployments.engine.engine import Engine
 from deployments.engine.shard import Shard
 
@@ -14,7 +15,7 @@ BEAT_S = 1.0
 
 def lead(shard: Shard, path: str) -> None:
     """Serve the replica that listens at `path`. Raises what breaks the group; returns when the replica is gone."""
-    engine = Engine.of(shard.execute, shard.spec.num_blocks, shard.spec.settings)
+    engine = Engine.of(shard.execute, shard.spec.num_blocks, shard.spec.settings, shard.choose)
     with LeaderEnd(path) as wire, contextlib.suppress(ConnectionError):  # which only the replica's end gives
         wire.send(Beat(engine.stats()))
         _loop(shard, engine, wire)
@@ -30,6 +31,8 @@ def _loop(shard: Shard, engine: Engine, wire: LeaderEnd) -> None:
                     engine.add(request)
                 case Abort(request_id, index):
                     engine.abort(request_id, index)
+                case Do():
+                    wire.send(_done(shard, command))
         if engine.has_work:
             if outputs := engine.step():
                 wire.send(Tokens(outputs))
@@ -39,3 +42,11 @@ def _loop(shard: Shard, engine: Engine, wire: LeaderEnd) -> None:
         if commands or time.monotonic() - last_beat >= BEAT_S:
             wire.send(Beat(engine.stats()))
             last_beat = time.monotonic()
+
+
+def _done(shard: Shard, command: Do) -> Done:
+    try:
+        shard.command(command.order)
+    except PlatformError as error:
+        return Done(command.id, error.message)
+    return Done(command.id)

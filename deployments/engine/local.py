@@ -73,7 +73,7 @@ class LocalEngine:
 
     def _lead(self, spec: ShardSpec) -> None:
         self.shard = Shard(spec)
-        self.engine = Engine.of(self.shard.execute, spec.num_blocks, spec.settings)
+        self.engine = Engine.of(self.shard.execute, spec.num_blocks, spec.settings, self.shard.choose)
         self.info = spec.model
 
     def generate(

@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.errors import Overloaded, PlatformError, ReplicaLost
+from cluster.errors import Overloaded, PlatformError, ReplicaLost, Unavailable
 from cluster.types import Priority
-from deployments.engine.channel import Abort, Add, Beat, Command, Tokens, frame, read_report
+from deployments.engine.channel import Abort, Add, Beat, Command, Do, Done, Tokens, frame, read_report
 from deployments.engine.engine import Output, Request, Stats
+from deployments.engine.orders import ORDERS
 from deployments.engine.pace import Gathered, slot_s
 
 
@@ -40,6 +41,7 @@ class RemoteEngine:
         self.lost: str | None = None  # why, once the group is gone
         self._ids = itertools.count(1)
         self._streams: dict[int, _Stream] = {}
+        self._orders: dict[int, asyncio.Future[None]] = {}
         self._connected = asyncio.Event()
         self._writer: asyncio.StreamWriter | None = None
         self._progress_at = time.monotonic()
@@ -89,6 +91,18 @@ class RemoteEngine:
         self._streams[request_id].unfinished.discard(index)
         self._send(Abort(request_id, index))
 
+    async def order(self, order: ORDERS) -> None:
+        """Have every rank obey between two steps. Raises Unavailable when one could not, ReplicaLost when the group dies."""
+        if self.lost:
+            raise ReplicaLost(self.lost, retry_after_s=5)
+        number = self.next_id()
+        done = self._orders[number] = asyncio.get_running_loop().create_future()
+        self._send(Do(number, order))
+        try:
+            await done
+        finally:
+            del self._orders[number]
+
     def make_place(self, tenant: bytes, priority: Priority) -> bool:
         """Refuse a request that has no token yet in favour of a newcomer, so that nobody can fill the queue against others; False
         when nobody has to go. `batch` goes before `interactive`, then the newest of the tenant that has most."""
@@ -112,6 +126,9 @@ class RemoteEngine:
             self.lost = reason
             for stream in self._streams.values():
                 stream.due.set()
+            for done in self._orders.values():
+                if not done.done():
+                    done.set_exception(ReplicaLost(reason, retry_after_s=5))
 
     def _send(self, command: Command) -> None:
         if self._writer and not self.lost:
@@ -129,8 +146,19 @@ class RemoteEngine:
                     case Beat(stats):
                         self.stats = stats
                         self._connected.set()
+                    case Done(number, error):
+                        self._obeyed(number, error)
         self.fail("rank 0 of the shard group ended")
         writer.close()
+
+    def _obeyed(self, number: int, error: str | None) -> None:
+        done = self._orders.get(number)
+        if done is None or done.done():  # nobody waits for it any more
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(Unavailable(error))
 
     def _deliver(self, outputs: list[Output]) -> None:
         by_request: dict[int, list[Output]] = {}

@@ -3,12 +3,14 @@
 Order, as in transformers and vLLM: repetition, frequency and presence penalties and logit bias -> greedy, or temperature ->
 top-k -> top-p -> min-p -> a draw. Log probabilities are those of the model itself, before any of it, as the OpenAI API has them.
 
-A draw takes the token with the largest `logit + noise` (Gumbel-max, which draws from the softmax); the noise is a function of
-the sequence's seed and the token's place alone, so that neither batch-mates nor a preemption changes an answer.
+A draw takes the token at which the sum of the probabilities, in the order of the vocabulary, passes a number between 0 and 1. That
+number is a function of the sequence's seed and the token's place alone, so that neither batch-mates nor a preemption changes an
+answer. `choose` is the readable form of `native/sampling.cpp`, and serves where that can't be built.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -29,19 +31,32 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
+Choose = Callable[[Tensor, Items[Sequence]], list[int]]
+"""From `R x V` adjusted logits, one row for each sequence, to a token for each; NOT_FINITE where the best of a row is no number."""
+
+NOT_FINITE = -1
+_64_BITS = (1 << 64) - 1
+
+
+def choose(logits: Tensor, sequences: Items[Sequence]) -> list[int]:
+    """The specification of every `Choose`."""
+    tokens = largest(logits)
+    draws = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
+    for row, token in zip(draws, draw(logits[draws].float(), [sequences[row] for row in draws]), strict=True):
+        tokens[row] = token
+    best = logits.amax(-1)  # NaN where any is
+    return [token if finite else NOT_FINITE for token, finite in zip(tokens, best.isfinite().tolist(), strict=True)]
+
+
 @torch.inference_mode()
-def sample(logits: Tensor, sequences: Items[Sequence]) -> list[Sampled]:
-    """`R x V` logits, one row for each sequence. May change `logits`. A plain greedy step is one argmax."""
+def sample(logits: Tensor, sequences: Items[Sequence], choose: Choose = choose) -> list[Sampled]:
+    """`R x V` logits, one row for each sequence. May change `logits`."""
     reports = {row: s.sampling.logprobs for row, s in enumerate(sequences) if s.sampling.logprobs is not None}
     raw = logits[list(reports)].float() if reports else logits
     for row, sequence in enumerate(sequences):
         if _is_adjusted(sequence.sampling) or _bans_stop(sequence):
             logits[row] = adjust(logits[row], sequence)
-    draws = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
-    tokens = largest(logits)
-    if draws:
-        for row, token in zip(draws, draw(logits[draws].float(), [sequences[row] for row in draws]), strict=True):
-            tokens[row] = token
+    tokens = choose(logits, sequences)
     if not reports:
         return [Sampled(token) for token in tokens]
     named = dict(zip(reports, torch.log_softmax(raw, -1), strict=True))
@@ -72,8 +87,9 @@ def draw(logits: Tensor, sequences: Items[Sequence]) -> list[int]:
     logits = logits / torch.tensor([s.sampling.temperature for s in sequences])[:, None]
     if any(s.sampling.top_k or s.sampling.top_p < 1 or s.sampling.min_p for s in sequences):
         logits = truncate(logits, [s.sampling for s in sequences])
-    noise = torch.stack([gumbel(s.seed, s.num_output, logits.shape[1]) for s in sequences])
-    return largest(logits + noise)
+    sums = (logits - logits.amax(-1, keepdim=True)).double().exp().cumsum(-1)
+    wanted = torch.tensor([uniform(s.seed, s.num_output) for s in sequences], dtype=torch.float64)[:, None] * sums[:, -1:]
+    return torch.searchsorted(sums, wanted, right=True).clamp_max_(logits.shape[1] - 1)[:, 0].tolist()
 
 
 def largest(logits: Tensor) -> list[int]:
@@ -96,11 +112,12 @@ def truncate(logits: Tensor, samplings: Items[Sampling]) -> Tensor:
     return torch.empty_like(logits).scatter_(1, order, ordered.masked_fill(out, -torch.inf))
 
 
-def gumbel(seed: int, position: int, size: int) -> Tensor:
-    """Standard Gumbel noise that depends on nothing but its arguments (Philox, a counter-based generator: Salmon 2011)."""
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position]))
-    uniform = torch.from_numpy(generator.random(size, np.float32)).clamp_min_(1e-20)
-    return -torch.log(-torch.log(uniform).clamp_max_(-1e-20))
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1), a function of its arguments alone: output `position` of SplitMix64 (Steele 2014) from state `seed`."""
+    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _64_BITS
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & _64_BITS
+    return float((z ^ z >> 31) >> 11) * 2.0**-53
 
 
 def _is_adjusted(sampling: Sampling) -> bool:

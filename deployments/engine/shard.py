@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.errors import ModelNotServable
+from cluster.errors import ModelNotServable, PlatformError
 from cluster.settings import EngineSettings
 from deployments.engine.batch import Batch
 from deployments.engine.checkpoint import ModelInfo
+from deployments.engine.orders import Look, Order
 from deployments.engine.progress import Progress
 from deployments.engine.rendezvous import Rendezvous
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from deployments.engine.native.decoder import Decoder
     from deployments.engine.native.proof import Ranks
     from deployments.engine.runner import Runner
+    from deployments.engine.sampler import Choose
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class Shard:
         self.progress = progress or Progress()
         self.group = self._join()
         self.runner = self._runner()
+        self.choose = self._choose() if spec.rendezvous.rank == 0 else None
 
     def _join(self) -> Group | None:
         if self.spec.rendezvous.size == 1:
@@ -83,9 +86,9 @@ class Shard:
         from deployments.engine.native.build import NativeUnavailable
         from deployments.engine.native.proof import Disproved, decoder_of
 
-        runner = self._checked()
+        runner = self._loaded()
         if self.spec.settings.native is False:
-            return runner
+            return _checked(runner)
         try:
             return decoder_of(
                 runner,
@@ -99,7 +102,20 @@ class Shard:
             if self.spec.settings.native:
                 raise ModelNotServable(f"{self.spec.directory.name}: engine.native=true, but {error}") from error
             log.info("runs through torch", extra={"reason": str(error)})
-            return self._checked() if isinstance(error, Disproved) else runner
+            return _checked(self._loaded() if isinstance(error, Disproved) else runner)
+
+    def _choose(self) -> Choose | None:
+        """The compiled way from logits to tokens, where it can be had."""
+        from deployments.engine.native.build import NativeUnavailable
+        from deployments.engine.native.sampling import NativeSampler
+
+        if self.spec.settings.native is False:
+            return None
+        try:
+            return NativeSampler(self.spec.settings.cache, self.spec.threads)
+        except NativeUnavailable as error:
+            log.info("samples through torch", extra={"reason": str(error)})
+            return None
 
     def _ranks(self) -> Ranks:
         from deployments.engine.native.proof import Ranks
@@ -107,17 +123,15 @@ class Shard:
         group = self.group
         return Ranks(group.rank, group.all_agree, group.meeting or group.all_reduce) if group else Ranks()
 
-    def _checked(self) -> Runner:
-        """The model in transformers' own code, cut to this rank's part, with paging proven."""
+    def _loaded(self) -> Runner:
+        """The model in transformers' own code, cut to this rank's part."""
         from deployments.engine.attention import KvCache
         from deployments.engine.load import load
         from deployments.engine.runner import Runner
 
         spec = self.spec
         model = load(spec.directory, spec.model.dtype, self.group, spec.settings, self.progress)
-        runner = Runner(model, KvCache(spec.num_blocks, spec.settings.block_size))
-        runner.check()
-        return runner
+        return Runner(model, KvCache(spec.num_blocks, spec.settings.block_size))
 
     def execute(self, batch: Batch) -> Tensor:
         """Leader: run a step on every rank."""
@@ -128,9 +142,36 @@ class Shard:
     def follow(self) -> None:
         """Every other rank: run what the leader sends, until it stops or the group breaks."""
         assert self.group, "a single rank has nobody to follow"
-        while (packed := self.group.receive()) is not None:
-            self.runner.run(Batch.unpack(packed))
+        while (received := self.group.receive()) is not None:
+            if isinstance(received, Order):
+                self._together(received)
+            else:
+                self.runner.run(Batch.unpack(received))
         self.runner.close()
+
+    def command(self, order: Order) -> None:
+        """Leader: have every rank obey, between two steps. Raises PlatformError when a rank could not; the group goes on."""
+        if self.group:
+            self.group.order(order)
+        if error := self._together(order):
+            raise error
+
+    def _together(self, order: Order) -> PlatformError | None:
+        """Obey, and hear how the others fared."""
+        failure = None
+        try:
+            self._obey(order)
+        except PlatformError as error:
+            failure = error
+        if self.group and not self.group.all_agree(failure is None):
+            return failure or PlatformError(f"another rank could not obey {type(order).__name__}")
+        return failure
+
+    def _obey(self, order: Order) -> None:
+        """Raises PlatformError for what this rank can't do; it is then as it was before."""
+        match order:
+            case Look():
+                pass
 
     def ping(self) -> None:
         if self.group:
@@ -140,3 +181,9 @@ class Shard:
         if self.group:
             self.group.stop()
         self.runner.close()
+
+
+def _checked(runner: Runner) -> Runner:
+    """With paging proven."""
+    runner.check()
+    return runner

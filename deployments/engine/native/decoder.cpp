@@ -72,7 +72,7 @@ struct Step {
     const int32_t* starts;  // S
     const int32_t* counts;  // S
     const int32_t* tables;  // S x width
-    const int64_t* rows;    // R
+    const int64_t* rows;    // R, ascending: the last tokens of some sequences
     int64_t num_tokens;
     int64_t num_sequences;
     int64_t num_rows;
@@ -129,6 +129,7 @@ class Decoder : public AnyDecoder {
         int64_t sequence;
         int64_t first;  // first row, counted in (token of the step) x (heads of a group)
         int rows;
+        int64_t skipped;  // tokens before it that nobody attends with
     };
 
     const Model m_;
@@ -138,7 +139,7 @@ class Decoder : public AnyDecoder {
     std::vector<float> stream_, part_, projected_;  // T x hidden, T x hidden, T x (heads + 2 kv_heads) x head_size
     std::vector<Value> input_, queries_, mixed_, gated_;
     std::vector<int64_t> positions_, sequences_;  // T
-    std::vector<Tile> tiles_;
+    std::vector<Tile> tiles_, wanted_tiles_;  // of every token, and of those alone whose logits are wanted
     std::atomic<int> failure_ = 0;
 
     int64_t group() const { return m_.heads / m_.kv_heads; }
@@ -162,18 +163,27 @@ class Decoder : public AnyDecoder {
         positions_.clear();
         sequences_.clear();
         tiles_.clear();
+        wanted_tiles_.clear();
+        int64_t wanted = 0;
         for (int64_t sequence = 0; sequence < step.num_sequences; ++sequence) {
-            const int64_t first = int64_t(positions_.size()) * group(), rows = step.counts[sequence] * group();
-            const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
-            for (int64_t tile = 0; tile < tiles; ++tile) {
-                const int64_t from = rows * tile / tiles, to = rows * (tile + 1) / tiles;
-                tiles_.push_back({sequence, first + from, int(to - from)});
-            }
+            const int64_t first = int64_t(positions_.size()), end = first + step.counts[sequence], before = wanted;
+            while (wanted < step.num_rows && step.rows[wanted] < end) ++wanted;
+            add_tiles(tiles_, sequence, first, end, 0);
+            if (wanted > before) add_tiles(wanted_tiles_, sequence, end - (wanted - before), end, end - wanted);
             for (auto& scratch : scratch_) scratch.hold(step.starts[sequence] + step.counts[sequence] + 2 * LANES);
             for (int32_t token = 0; token < step.counts[sequence]; ++token) {
                 positions_.push_back(step.starts[sequence] + token);
                 sequences_.push_back(sequence);
             }
+        }
+    }
+
+    // Tokens [first, end) of the step, all of one sequence.
+    void add_tiles(std::vector<Tile>& tiles, int64_t sequence, int64_t first, int64_t end, int64_t skipped) const {
+        const int64_t rows = (end - first) * group(), count = (rows + MAX_ROWS - 1) / MAX_ROWS;
+        for (int64_t tile = 0; tile < count; ++tile) {
+            const int64_t from = rows * tile / count, to = rows * (tile + 1) / count;
+            tiles.push_back({sequence, first * group() + from, int(to - from), skipped});
         }
     }
 
@@ -191,18 +201,24 @@ class Decoder : public AnyDecoder {
             place(layer, step, rank);
             team_.reset_pieces();
             meet(rank, ROTARY);
-            attention(layer, step, rank);
+            if (!next && step.num_rows == 0) return;
+            if (!next && rank == 0) keep_wanted(step);
+            attention(layer, next ? tiles_ : wanted_tiles_, step, rank);
             meet(rank, ATTENTION);
-            finish(layer.attention_out, mixed_.data(), layer.attention_norm, layer.mlp_input_norm, step.num_tokens, rank);
-            gate(layer.mlp_in, step.num_tokens, rank);
+            const int64_t rows = next ? step.num_tokens : step.num_rows;
+            finish(layer.attention_out, mixed_.data(), layer.attention_norm, layer.mlp_input_norm, rows, rank);
+            gate(layer.mlp_in, rows, rank);
             meet(rank, LINEAR);
-            finish(layer.mlp_out, gated_.data(), layer.mlp_norm, next, step.num_tokens, rank);
+            finish(layer.mlp_out, gated_.data(), layer.mlp_norm, next ? next : m_.final_norm, rows, rank);
             if (failure_) return;
         }
-        if (step.num_rows == 0) return;
-        last_norm(step, Range::part(step.num_rows, rank, team_.size()));
-        meet(rank, NORM);
         logits(step, rank);
+    }
+
+    // The last layer's keys and values are of every token; what comes after them only serves the rows whose logits are wanted.
+    void keep_wanted(const Step& step) {
+        for (int64_t row = 0; row < step.num_rows; ++row)
+            if (step.rows[row] != row) std::copy_n(&stream_[step.rows[row] * m_.hidden], m_.hidden, &stream_[row * m_.hidden]);
     }
 
     void meet(int rank, Phase phase) {
@@ -277,18 +293,18 @@ class Decoder : public AnyDecoder {
         return {m_.block_size, m_.kv_heads, m_.head_size, step.tables + sequence * step.width};
     }
 
-    void attention(const Layer& layer, const Step& step, int rank) {
+    void attention(const Layer& layer, const std::vector<Tile>& tiles, const Step& step, int rank) {
         const Softmax rule = {layer.scale, layer.softcap, layer.window};
-        const int64_t pieces = int64_t(tiles_.size()) * m_.kv_heads, size = m_.head_size;
+        const int64_t pieces = int64_t(tiles.size()) * m_.kv_heads, size = m_.head_size;
         for (int64_t piece; (piece = team_.next_piece()) < pieces;) {
-            const Tile& tile = tiles_[size_t(piece / m_.kv_heads)];
+            const Tile& tile = tiles[size_t(piece / m_.kv_heads)];
             const int64_t head = piece % m_.kv_heads;
             int64_t positions[MAX_ROWS];
             Value* out[MAX_ROWS];
             for (int row = 0; row < tile.rows; ++row) {
                 const int64_t token = (tile.first + row) / group(), member = (tile.first + row) % group();
                 positions[row] = positions_[size_t(token)];
-                out[row] = &mixed_[(token * m_.heads + head * group() + member) * size];
+                out[row] = &mixed_[((token - tile.skipped) * m_.heads + head * group() + member) * size];
             }
             const Value* queries = &queries_[(head * step.num_tokens * group() + tile.first) * size];
             with_rows(tile.rows, [&](auto count) {
@@ -323,7 +339,7 @@ class Decoder : public AnyDecoder {
         if (shared()) sum_over_ranks(part_.data(), num_rows * m_.hidden, rank);
         const Range rows = Range::part(num_rows, rank, team_.size());
         if (!direct) add(own_norm, rows);
-        if (next_norm) norm(next_norm, rows);
+        norm(next_norm, rows);
         meet(rank, NORM);
     }
 
@@ -334,12 +350,6 @@ class Decoder : public AnyDecoder {
             for (int64_t i = 0; i < m_.hidden; i += LANES)
                 store(stream + i, load<Floats>(stream + i) + load<Floats>(part + i) * m_.residual_scale);
         }
-    }
-
-    void last_norm(const Step& step, Range rows) {
-        for (int64_t row = rows.first; row < rows.last; ++row)
-            rms_norm(&stream_[step.rows[row] * m_.hidden], m_.final_norm, m_.hidden, m_.eps,
-                     [&](int64_t i, Floats v) { E::narrow(&input_[row * m_.hidden + i], v); });
     }
 
     void logits(const Step& step, int rank) {

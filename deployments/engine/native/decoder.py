@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deployments.engine.batch import Batch
+from deployments.engine.native import packing
 from deployments.engine.native.build import library
 from deployments.engine.native.description import Description, LayerDescription
 from deployments.engine.native.meeting import Meeting
@@ -84,7 +85,7 @@ class Decoder:
         wire: Meeting | AllReduce | None = None,
     ) -> None:
         self._library = _declared(library(cache))
-        self._model, self._rank = model, rank
+        self._model, self._rank, self._threads = model, rank, threads
         self._meeting = wire if isinstance(wire, Meeting) else None
         self._all_reduce = None if isinstance(wire, Meeting) else wire
         self._failure: BaseException | None = None
@@ -168,7 +169,7 @@ class Decoder:
 
     def _matrix(self, weight: Tensor, bias: Tensor | None) -> CMatrix:
         with torch.no_grad():
-            panels = pack(weight.detach().to(self._model.dtype), self._arena)
+            panels = pack(weight.detach().to(self._model.dtype), self._arena, self._library, self._threads)
         self._kept.append(panels)
         outputs, inputs = weight.shape
         return CMatrix(panels.data_ptr(), self._address(padded_bias(bias, outputs)), len(panels), inputs, outputs)
@@ -208,6 +209,7 @@ class Decoder:
 
 
 def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    packing.declare(loaded)
     loaded.mmaas_decoder_new.restype = _Pointer
     loaded.mmaas_decoder_new.argtypes = [ctypes.POINTER(_Model)]
     loaded.mmaas_decoder_run.argtypes = [_Pointer, ctypes.POINTER(_Step)]

@@ -101,15 +101,22 @@ class Description:
     head_offset: int
 
 
-def describe(model: nn.Module, calls: dict[int, AttentionCall], rank: int, max_positions: int) -> Description:
-    """Raises NativeUnavailable for a model that the decoder doesn't know, with the reason."""
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+def recognise(config: Any) -> tuple[Family, int]:
+    """Family and activation of a model. Raises NativeUnavailable for what the decoder doesn't know."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise NativeUnavailable(f"the decoder doesn't know models of type {config.model_type!r}")
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in ACTIVATIONS:
         raise NativeUnavailable(f"the decoder has no activation {activation!r}")
+    return family, ACTIVATIONS[activation]
+
+
+def describe(model: nn.Module, calls: dict[int, AttentionCall], rank: int, max_positions: int) -> Description:
+    """`calls` are those of every layer's attention. Raises NativeUnavailable for a model that the decoder doesn't know, with the
+    reason."""
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    family, activation = recognise(config)
     body: Any = model.model
     layers = [_layer(layer, calls[index], family) for index, layer in enumerate(body.layers)]
     call = calls[0]
@@ -126,7 +133,7 @@ def describe(model: nn.Module, calls: dict[int, AttentionCall], rank: int, max_p
         rotary_size=2 * cosines.shape[1],
         max_positions=max_positions,
         vocabulary=head.weight.shape[0],
-        activation=ACTIVATIONS[activation],
+        activation=activation,
         eps=config.rms_norm_eps,
         embedding_scale=_embedding_scale(config, family, embeddings.dtype),
         residual_scale=getattr(config, "residual_multiplier", 1.0),

@@ -44,21 +44,24 @@ class Arena:
         return self._memory[start : start + num_bytes]
 
 
+def declare(library: ctypes.CDLL) -> None:
+    """Of packing.cpp."""
+    library.mmaas_pack.restype = None
+    library.mmaas_pack.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32]
+
+
 def packed_bytes(outputs: int, inputs: int, itemsize: int) -> int:
     """What `pack` takes from the arena."""
     return _aligned(-(-outputs // PANEL) * PANEL * inputs * itemsize)
 
 
-def pack(weight: Tensor, arena: Arena) -> Tensor:
+def pack(weight: Tensor, arena: Arena, library: ctypes.CDLL, threads: int) -> Tensor:
     """`n x k` weights as `ceil(n/32) x k/per x 32 x per`, where `per` numbers fill 32 bits; missing outputs are zero."""
     outputs, inputs = weight.shape
-    panels, full = -(-outputs // PANEL), outputs // PANEL
-    lanes = weight.contiguous().view(torch.int32).view(outputs, -1)
+    panels = -(-outputs // PANEL)
+    lanes = weight.contiguous().view(torch.int32)
     packed = arena.take(panels * PANEL * inputs * weight.element_size()).view(torch.int32).view(panels, lanes.shape[1], PANEL)
-    packed[:full] = lanes[: full * PANEL].view(full, PANEL, lanes.shape[1]).transpose(1, 2)
-    if full < panels:
-        packed[full] = 0
-        packed[full, :, : outputs - full * PANEL] = lanes[full * PANEL :].T
+    library.mmaas_pack(lanes.data_ptr(), outputs, lanes.shape[1], packed.data_ptr(), threads)
     return packed
 
 

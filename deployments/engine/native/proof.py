@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from deployments.engine.attention import KvCache
 from deployments.engine.batch import Batch
 from deployments.engine.native.build import NativeUnavailable, library
 from deployments.engine.native.decoder import AllReduce, Decoder
-from deployments.engine.native.description import Description, describe
+from deployments.engine.native.description import Description, describe, recognise
 from deployments.engine.native.meeting import Meeting
 from deployments.engine.runner import TOLERANCE, Runner
 
@@ -35,20 +37,25 @@ class Ranks:
 
 
 def decoder_of(runner: Runner, *, num_blocks: int, max_positions: int, threads: int, cache: Path, ranks: Ranks) -> Decoder:
-    """Take over a checked runner's model. Raises NativeUnavailable, with the model untouched, or Disproved."""
-    block_size = runner.cache.block_size
-    described: Description | NativeUnavailable
+    """Take over a runner's model. The runner needs no check of its own: what two implementations agree on is paged right.
+
+    Raises NativeUnavailable, with the model untouched, or Disproved.
+    """
+    block_size, own_cache = runner.cache.block_size, runner.cache
+    refusal = _refusal(runner, num_blocks, cache)
+    if not ranks.all_agree(refusal is None) or refusal:
+        raise refusal or NativeUnavailable("another rank can't run the decoder")
+    runner.cache = KvCache(BLOCKS, block_size)
     try:
-        if block_size % LANES or num_blocks < BLOCKS:
-            raise NativeUnavailable(f"the decoder needs {BLOCKS} or more blocks of a multiple of {LANES} tokens: engine.block_size")
-        described = describe(runner.model, runner.cache.calls, ranks.rank, max_positions)
-        library(cache)
+        probes = list(_probes(_config(runner).vocab_size, block_size))
+        expected = [runner.run(probe).float() for probe in probes]
+        described: Description | NativeUnavailable = describe(runner.model, runner.cache.calls, ranks.rank, max_positions)
     except NativeUnavailable as error:
         described = error
+    finally:
+        runner.cache = own_cache
     if not ranks.all_agree(isinstance(described, Description)) or isinstance(described, NativeUnavailable):
         raise described if isinstance(described, NativeUnavailable) else NativeUnavailable("another rank can't run the decoder")
-    probes = list(_probes(described.vocabulary, block_size))
-    expected = [runner.run(probe).float() for probe in probes]
     tolerance = TOLERANCE[described.dtype]
     decoder = Decoder(
         described,
@@ -63,6 +70,23 @@ def decoder_of(runner: Runner, *, num_blocks: int, max_positions: int, threads: 
     if not ranks.all_agree(difference < tolerance):
         raise Disproved(f"the decoder gives other logits than transformers (relative error {difference:.2g})")
     return decoder
+
+
+def _refusal(runner: Runner, num_blocks: int, cache: Path) -> NativeUnavailable | None:
+    """Why this can't be, as far as it is known before anything runs."""
+    block_size = runner.cache.block_size
+    try:
+        if block_size % LANES or num_blocks < BLOCKS:
+            raise NativeUnavailable(f"the decoder needs {BLOCKS} or more blocks of a multiple of {LANES} tokens: engine.block_size")
+        recognise(_config(runner))
+        library(cache)
+    except NativeUnavailable as error:
+        return error
+    return None
+
+
+def _config(runner: Runner) -> Any:
+    return runner.model.config.get_text_config()  # type: ignore[operator, union-attr]
 
 
 def _probes(vocabulary: int, block_size: int) -> Iterator[Batch]:

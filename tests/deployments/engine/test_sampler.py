@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from cluster.types import Sampling
-from deployments.engine.sampler import adjust, draw, gumbel, largest, sample, truncate
+from deployments.engine.sampler import NOT_FINITE, adjust, choose, draw, largest, sample, truncate, uniform
 from deployments.engine.sequence import Sequence
 
 SIZE = 50
@@ -112,16 +112,29 @@ def test_draws_follow_the_softmax() -> None:
 
 
 def test_draws_of_one_seed_differ_from_place_to_place_but_not_from_run_to_run() -> None:
-    places = [gumbel(3, position, SIZE) for position in range(4)]
-    assert len({tuple(noise.tolist()) for noise in places}) == 4
-    assert all(torch.equal(noise, gumbel(3, position, SIZE)) for position, noise in enumerate(places))
-    assert not torch.equal(gumbel(3, 0, SIZE), gumbel(4, 0, SIZE))
-    assert all(noise.isfinite().all() for noise in places)
+    places = [uniform(3, position) for position in range(1000)]
+    assert len(set(places)) == 1000
+    assert places == [uniform(3, position) for position in range(1000)]
+    assert uniform(3, 0) != uniform(4, 0)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1])
-def test_any_seed_of_64_bits_gives_finite_noise(seed: int) -> None:
-    assert gumbel(seed, 2**31, 1000).isfinite().all()
+def test_any_seed_of_64_bits_gives_numbers_below_one_that_fill_the_range(seed: int) -> None:
+    numbers = torch.tensor([uniform(seed, position) for position in [*range(4000), 2**31]], dtype=torch.float64)
+    assert 0 <= numbers.min() < 0.01
+    assert 0.99 < numbers.max() < 1
+    counts = torch.histc(numbers, bins=16, min=0, max=1)
+    assert ((counts - len(numbers) / 16) ** 2 / (len(numbers) / 16)).sum() < 37.7, "p < 0.001 for 15 degrees of freedom"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_without_a_finite_best_gets_no_token_and_harms_no_other(bad: float) -> None:
+    logits = random_logits(3, rows=4)
+    items = [sequence(Sampling(temperature=t), seed=number) for number, t in enumerate((0, 1, 0, 1))]
+    whole = choose(logits.clone(), items)
+    logits[1, 7 if bad != -math.inf else slice(None)] = bad
+    logits[2, 7 if bad != -math.inf else slice(None)] = bad
+    assert choose(logits, items) == [whole[0], NOT_FINITE, NOT_FINITE, whole[3]]
 
 
 def test_batch_mates_change_no_choice() -> None:

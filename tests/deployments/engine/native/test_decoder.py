@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from deployments.engine.local import LocalEngine
 from deployments.engine.native import build as native_build
 from deployments.engine.native.build import NativeUnavailable, library
 from deployments.engine.native.decoder import PHASES, Decoder
-from deployments.engine.native.description import describe
+from deployments.engine.native.description import Description, describe
 from deployments.engine.native.proof import Disproved, Ranks, decoder_of
 from deployments.engine.runner import Runner, load_model
 from tests.deployments.engine.families import FAMILIES, VOCABULARY, build
@@ -183,9 +185,13 @@ def test_another_rank_that_cannot_is_followed(directories: dict[str, Path]) -> N
 
 
 def test_wrong_logits_are_found_out(directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(*arguments: Any) -> Description:
+        found = describe(*arguments)
+        found.layers[0].call = replace(found.layers[0].call, scale=found.layers[0].call.scale * 2)
+        return found
+
     runner = checked(directories["llama"])
-    for call in runner.cache.calls.values():
-        object.__setattr__(call, "scale", call.scale * 2)
+    monkeypatch.setattr("deployments.engine.native.proof.describe", mistaken)
     with pytest.raises(Disproved, match="other logits"):
         take_over(runner)
 

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deployments.engine.native.packing import PANEL, Arena, interleave, joined, pack, packed_bytes, padded_bias
+from deployments.engine.native import build
+from deployments.engine.native.packing import PANEL, Arena, declare, interleave, joined, pack, packed_bytes, padded_bias
 
 
-@given(outputs=st.integers(1, 100), lanes=st.integers(1, 9), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_every_weight_is_where_the_decoder_looks_for_it(outputs: int, lanes: int, dtype: torch.dtype) -> None:
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    outputs=st.integers(1, 200),
+    lanes=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    threads=st.integers(1, 3),
+)
+def test_every_weight_is_where_the_decoder_looks_for_it(
+    cache: Path, outputs: int, lanes: int, dtype: torch.dtype, threads: int
+) -> None:
+    library = build.library(cache)
+    declare(library)
     per = 4 // dtype.itemsize
     weight = torch.randn(outputs, lanes * per, generator=torch.Generator().manual_seed(outputs)).to(dtype)
-    packed = pack(weight, Arena(packed_bytes(outputs, lanes * per, dtype.itemsize))).view(dtype)
+    arena = Arena(packed_bytes(outputs, lanes * per, dtype.itemsize))
+    packed = pack(weight, arena, library, threads).view(dtype)
     panels = packed.view(-1, lanes, PANEL, per)  # panel, step along k, output, number in the lane
     unpacked = panels.permute(0, 2, 1, 3).reshape(-1, lanes * per)
     assert torch.equal(unpacked[:outputs], weight)

@@ -1,0 +1,33 @@
+"""What a group does between two steps, other than computing one: every rank does the same, or says that it could not.
+
+An order is plain data, decided by the replica, and reaches every rank in the place of a batch, so that all of them have it between
+the same two steps. `Shard.obey` knows how each is done.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Order(msgspec.Struct, frozen=True, tag=True):
+    """The base of all; a kind of order is a subclass in `ORDERS`."""
+
+
+class Look(Order, frozen=True, tag=True):
+    """Do nothing but say that this rank is there."""
+
+
+ORDERS = Look
+"""The union of all kinds."""
+
+_decoder = msgspec.msgpack.Decoder(ORDERS)
+
+
+def pack(order: Order) -> bytes:
+    return msgspec.msgpack.encode(order)
+
+
+def unpack(packed: bytes) -> Order:
+    """Raises msgspec.ValidationError for what is no order."""
+    found: Order = _decoder.decode(packed)
+    return found
