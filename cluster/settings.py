@@ -80,7 +80,8 @@ class EngineSettings(_Section):
     """Token budget of one step: longer prompts enter in chunks beside the running sequences."""
     step_target_ms: float = Field(default=150.0, ge=0)
     """What a step should take while prompts enter beside running answers; a prompt's chunk is cut to it. People read about seven
-    tokens a second. A large model may take twice its own step. 0: chunks are cut by `max_batch_tokens` alone."""
+    tokens a second. A large model may take twice its own step, and any twice the target while more wait for their first token than
+    read. 0: chunks are cut by `max_batch_tokens` alone."""
     max_queued: int = Field(default=128, ge=0, le=100_000)
     """Requests that may wait in one replica beyond the running ones; more get 503 with Retry-After."""
     stream_interval_s: float = Field(default=0.02, ge=0, le=1)

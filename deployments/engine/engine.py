@@ -140,7 +140,7 @@ class Engine:
     def step(self) -> list[Output]:
         """Compute one step and return its tokens: one for each sequence that samples, and its guesses that were right."""
         began = self.clock()
-        self.scheduler.budget = self.chunking.budget(self.scheduler.num_decoders)
+        self.scheduler.budget = self.chunking.budget(self.scheduler.num_decoders, self.scheduler.num_newcomers)
         slices: Items[Slice] = self.scheduler.schedule()
         if not slices:
             return []

@@ -81,6 +81,12 @@ class Scheduler:
         """Running sequences that take one token a step."""
         return sum(sequence.num_pending == 1 for sequence in self.running)
 
+    @property
+    def num_newcomers(self) -> int:
+        """Sequences whose prompt is under way, or could be at once."""
+        entering = sum(sequence.in_prompt for sequence in self.running)
+        return entering + min(len(self.waiting), self.max_sequences - len(self.running))
+
     def fits(self, num_tokens: int) -> bool:
         """Whether a sequence of so many tokens could ever run."""
         return self.pool.blocks_for(num_tokens) <= self.pool.num_blocks

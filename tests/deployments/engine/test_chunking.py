@@ -51,6 +51,17 @@ def test_a_quick_step_does_not_make_a_giant_of_the_next() -> None:
     assert policy.budget(8) == 8 + 80
 
 
+def test_a_step_takes_longer_while_more_wait_for_their_first_token_than_read() -> None:
+    policy = Chunking(100_000, 0.15)
+    for _ in range(20):
+        policy.learn(8, 0, 0.05)
+        policy.learn(8, policy.budget(8) - 8, 0.05 + (policy.budget(8) - 8) * 1e-4)
+    chunks = [policy.budget(8, newcomers) - 8 for newcomers in (1, 8, 12, 16, 1000)]
+    assert chunks == pytest.approx(
+        [1000, 1000, 1750, 2000, 2000], rel=0.01
+    )  # the last would be 2500, but no more than twice the last
+
+
 def test_nobody_waits_for_a_token_when_nobody_decodes() -> None:
     policy = Chunking(1024, 0.15)
     policy.learn(8, 16, 5.0)
