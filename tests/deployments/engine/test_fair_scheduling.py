@@ -1,10 +1,9 @@
-"""The policy between tenants and classes: against a naive model of it, against the bound of the paper, in simulated time."""
+"""The policy between tenants and classes: against a naive model of it, and against the bound of the paper."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -12,173 +11,16 @@ from hypothesis import strategies as st
 
 from cluster.types import Priority
 from deployments.engine import flows
-from deployments.engine.scheduler import MAX_SHARES, Scheduler, Slice
+from deployments.engine.scheduler import Scheduler, Slice
 from deployments.engine.sequence import Sequence
+from tests.deployments.engine.fair_model import Job, Model
 from tests.deployments.engine.test_scheduler import advance, make_scheduler, make_sequence
-
-LATENCY_RATIO = 1.5
-"""What a greedy neighbour may do to the 99th percentile of another's latency."""
 
 
 def make(tenant: str, prompt: int = 8, output: int = 4, priority: Priority = "interactive", seed: int = 0) -> Sequence:
     sequence = make_sequence([(seed * 7919 + place) % 997 for place in range(prompt)], output)
     sequence.tenant, sequence.priority = tenant.encode(), priority
     return sequence
-
-
-# A naive model: lists, searched from end to end. Slots and budget only; blocks are never short and nothing is cached.
-
-
-@dataclass(eq=False)
-class Job:
-    number: int
-    flow: tuple[str, str]  # class, tenant
-    prompt: int
-    output: int
-    computed: int = 0
-    sampled: int = 0
-    is_paid: bool = False
-    is_guest: bool = False
-
-    @property
-    def pending(self) -> int:
-        return self.prompt + self.sampled - self.computed
-
-
-@dataclass
-class Model:
-    """What the documents say, step by step."""
-
-    slots: int
-    budget: int
-    waiting: list[Job] = field(default_factory=list)  # every flow's in its order
-    running: list[Job] = field(default_factory=list)
-    served: dict[object, float] = field(default_factory=lambda: defaultdict(float))  # of a flow, or of a class by its name
-    since: dict[object, int] = field(default_factory=dict)  # when a flow began to wait
-    floor: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by class; "": of the classes
-    clock: int = 0
-
-    def add(self, job: Job) -> None:
-        kind, _ = job.flow
-        for party, rivals, floor in (
-            (kind, {other.flow[0] for other in self.waiting}, ""),
-            (job.flow, {other.flow for other in self.waiting if other.flow[0] == kind}, kind),
-        ):
-            if party not in rivals:
-                self.floor[floor] = max([self.floor[floor], *([min(self.served[rival] for rival in rivals)] if rivals else [])])
-                self.served[party] = max(self.served[party], self.floor[floor])
-                self.since[party] = self.tick()
-        self.waiting.append(job)
-
-    def tick(self) -> int:
-        self.clock += 1
-        return self.clock
-
-    def turns_of_classes(self) -> list[str]:
-        return sorted(("interactive", "batch"), key=lambda kind: self.served[kind])
-
-    def turns(self) -> list[tuple[str, str]]:
-        kinds = self.turns_of_classes()
-        flows = {job.flow for job in self.waiting}
-        return sorted(flows, key=lambda flow: (kinds.index(flow[0]), self.served[flow], self.since[flow]))
-
-    def pay(self, job: Job, cost: float) -> None:
-        self.served[job.flow] += cost
-        self.served[job.flow[0]] += cost * (19 if job.flow[0] == "batch" else 1)
-
-    def wanted(self) -> dict[tuple[str, str], int]:
-        wanted: dict[tuple[str, str], int] = Counter()
-        for job in self.running:
-            if job.pending > 1:
-                wanted[job.flow] += job.pending - 1
-        return wanted
-
-    def admit(self) -> None:
-        while True:
-            wanted = self.wanted()
-            full = len(self.running) + sum(wanted.values()) >= self.budget
-            flows = self.turns()
-            if full:
-                flows = [flow for flow in flows if flow not in wanted and len(wanted) < MAX_SHARES]
-                if self.turns_of_classes()[0] == "interactive" and any(job.flow[0] == "interactive" for job in self.waiting):
-                    flows = [flow for flow in flows if flow[0] == "interactive"]
-            if not flows:
-                return
-            job = next(job for job in self.waiting if job.flow == flows[0])
-            if len(self.running) == self.slots and not self.displace(job):
-                return
-            batch_is_first = self.turns_of_classes()[0] == "batch" and any(j.flow[0] == "interactive" for j in self.waiting)
-            job.is_guest = job.flow[0] == "batch" and not batch_is_first
-            for key, parties in (("", {j.flow[0] for j in self.waiting}), (job.flow[0], self.rivals(job))):
-                self.floor[key] = max(self.floor[key], min(self.served[party] for party in parties))
-            self.waiting.remove(job)
-            self.running.append(job)
-            if not job.is_paid:
-                self.pay(job, job.prompt)
-                job.is_paid = True
-
-    def rivals(self, job: Job) -> set[tuple[str, str]]:
-        return {other.flow for other in self.waiting if other.flow[0] == job.flow[0]}
-
-    def displace(self, job: Job) -> bool:
-        candidates, last = self.running[1:], self.turns_of_classes()[1]
-        if not candidates:
-            return False
-        victim = max(candidates, key=lambda other: (other.flow[0] == last, other.is_guest, self.served[other.flow], other.number))
-        if victim.flow[0] == job.flow[0]:
-            cost = (0 if job.is_paid else job.prompt) + victim.prompt + victim.sampled
-            if self.served[job.flow] + cost >= self.served[victim.flow]:
-                return False
-        elif job.flow[0] == "batch" or last == "interactive" or not victim.is_guest:
-            return False
-        self.running.remove(victim)
-        victim.computed = 0
-        if not any(other.flow == victim.flow for other in self.waiting):
-            self.since[victim.flow] = self.tick()
-        self.waiting.insert(next((i for i, o in enumerate(self.waiting) if o.flow == victim.flow), len(self.waiting)), victim)
-        return True
-
-    def share(self) -> dict[Job, int]:
-        counts = dict.fromkeys(self.running, 1)
-        left, wanted = self.budget - len(counts), self.wanted()
-        batch = sum(num for flow, num in wanted.items() if flow[0] == "batch")
-        interactive = sum(wanted.values()) - batch
-        parts = {"batch": min(batch, max(left - interactive, left // 20))}
-        parts["interactive"] = left - parts["batch"]
-        for kind, part in parts.items():
-            given = water({flow: num for flow, num in wanted.items() if flow[0] == kind}, part)
-            for job in self.running:
-                if job.flow in given and job.pending > 1:
-                    more = min(job.pending - 1, given[job.flow])
-                    given[job.flow] -= more
-                    counts[job] += more
-        return counts
-
-    def step(self) -> dict[int, int]:
-        self.admit()
-        counts = self.share()
-        for job, count in counts.items():
-            before = job.computed
-            job.computed += count
-            if job.computed == job.prompt + job.sampled:
-                job.sampled += 1
-            paid = job.__dict__.setdefault("paid", job.prompt)
-            if job.computed > paid:
-                self.pay(job, 2 * (job.computed - max(paid, before)))
-                job.__dict__["paid"] = job.computed
-        self.running = [job for job in self.running if job.sampled < job.output]
-        if not self.running and not self.waiting:
-            self.served.clear()
-            self.floor.clear()
-        return {job.number: count for job, count in counts.items()}
-
-
-def water(wanted: dict[tuple[str, str], int], budget: int) -> dict[tuple[str, str], int]:
-    """Shares by rising water: the level at which the budget is used up; what rounding leaves goes to who wants most."""
-    given: dict[tuple[str, str], int] = {}
-    for place, (flow, num) in enumerate(sorted(wanted.items(), key=lambda item: item[1])):
-        given[flow] = min(num, (budget - sum(given.values())) // (len(wanted) - place))
-    return given
 
 
 ARRIVAL = st.tuples(
@@ -407,75 +249,3 @@ def test_memory_of_tenants_is_bounded_and_empty_when_all_is_done(monkeypatch: py
     while scheduler.has_work:
         advance(scheduler)
     assert scheduler.waiting.interactive.flows == {}
-
-
-# Simulated time: reading the weights takes 1, each token 1/300 more (about an H100's bandwidth over its bf16 rate)
-
-TOKEN_S = 1 / 300
-SLOTS, PROMPT, OUTPUT = 64, 128, 64
-CAPACITY = SLOTS / OUTPUT / (1 + TOKEN_S * SLOTS * (1 + PROMPT / OUTPUT))
-"""Requests in a unit of time when every place is always taken."""
-
-
-def latencies(rates: dict[str, float], *, is_fair: bool, duration: float) -> dict[str, list[float]]:
-    """Of the requests that ended, by tenant; arrivals are Poisson, lengths vary by half."""
-    options = {"max_sequences": SLOTS, "max_batch_tokens": 256, "prefix_cache": False}
-    scheduler = make_scheduler(num_blocks=4096, block_size=16, **options)
-    arrivals = sorted(
-        (when, name, number) for name, rate in rates.items() for number, when in enumerate(poisson(name, rate, duration))
-    )
-    began: dict[Sequence, tuple[str, float]] = {}
-    found: dict[str, list[float]] = {name: [] for name in rates}
-    now, upcoming = 0.0, iter(arrivals)
-    arrival = next(upcoming, None)
-    while now < duration and (arrival or scheduler.has_work):
-        while arrival and (arrival[0] <= now or not scheduler.has_work):
-            when, name, number = arrival
-            rng = random.Random(f"{name} {number}")
-            sequence = make(name if is_fair else "everybody", half_more_or_less(rng, PROMPT), half_more_or_less(rng, OUTPUT))
-            scheduler.add(sequence)
-            began[sequence] = name, when
-            now, arrival = max(now, when), next(upcoming, None)
-        slices = scheduler.schedule()
-        now += 1 + TOKEN_S * sum(item.count for item in slices)
-        end(scheduler, slices)
-        for item in slices:
-            if item.sequence.finish_reason:
-                name, when = began.pop(item.sequence)
-                found[name].append(now - when)
-    return found
-
-
-def poisson(name: str, rate: float, duration: float) -> list[float]:
-    rng, now, times = random.Random(name), 0.0, []
-    while (now := now + rng.expovariate(rate)) < duration:
-        times.append(now)
-    return times
-
-
-def half_more_or_less(rng: random.Random, middle: int) -> int:
-    return rng.randint(middle // 2, middle * 3 // 2)
-
-
-def p99(values: list[float]) -> float:
-    assert len(values) > 300, "too few to speak of a percentile"
-    return sorted(values)[int(0.99 * len(values))]
-
-
-def modest_latencies(*, is_fair: bool, duration: float) -> tuple[list[float], list[float]]:
-    """Of a tenant that uses most of its half of the machine: alone, and beside one that wants 20 times the other half."""
-    modest, greedy = {"modest": CAPACITY / 2 * 0.8}, {"greedy": CAPACITY / 2 * 20}
-    alone = latencies(modest, is_fair=is_fair, duration=duration)
-    return alone["modest"], latencies(modest | greedy, is_fair=is_fair, duration=duration)["modest"]
-
-
-def test_tenant_at_twenty_times_its_share_moves_anothers_p99_by_less_than_half() -> None:
-    alone, beside = modest_latencies(is_fair=True, duration=1500.0)
-    assert len(beside) > 0.9 * len(alone), "only what ended was measured"
-    assert p99(beside) < LATENCY_RATIO * p99(alone)
-
-
-def test_first_come_first_served_would_not_have_held_it() -> None:
-    alone, beside = modest_latencies(is_fair=False, duration=1500.0)
-    assert len(beside) < 0.5 * len(alone)
-    assert sorted(beside)[len(beside) // 2] > 2 * LATENCY_RATIO * p99(alone)
