@@ -77,7 +77,9 @@ struct Step {
     int64_t num_sequences;
     int64_t num_rows;
     int64_t width;
-    float* logits;  // R x vocabulary
+    float* logits;            // R x vocabulary; null in a stage before the last
+    const float* stream_in;   // T x hidden, from the stage before; null: embeddings
+    float* stream_out;        // T x hidden, for the next stage; null in the last
 };
 
 enum Phase : int { EMBED, NORM, LINEAR, ROTARY, ATTENTION, REDUCE, LOGITS, NUM_PHASES };
@@ -199,6 +201,7 @@ class Decoder : public AnyDecoder {
             finish(layer.mlp_out, gated_.data(), layer.mlp_norm, next, step.num_tokens, rank);
             if (failure_) return;
         }
+        if (step.stream_out) return leave(step, rows);
         if (step.num_rows == 0) return;
         last_norm(step, Range::part(step.num_rows, rank, team_.size()));
         meet(rank, NORM);
@@ -222,10 +225,17 @@ class Decoder : public AnyDecoder {
     Range panels(const Matrix& matrix, int rank) const { return Range::part(matrix.num_panels, rank, team_.size()); }
 
     void embed(const Step& step, Range rows) {
+        const int64_t first = rows.first * m_.hidden, last = rows.last * m_.hidden;
+        if (step.stream_in) return void(std::copy(step.stream_in + first, step.stream_in + last, &stream_[size_t(first)]));
         const auto* table = static_cast<const Value*>(m_.embeddings);
         for (int64_t row = rows.first; row < rows.last; ++row)
             for (int64_t i = 0; i < m_.hidden; i += LANES)
                 store(&stream_[row * m_.hidden + i], E::widen(table + step.tokens[row] * m_.hidden + i) * m_.embedding_scale);
+    }
+
+    void leave(const Step& step, Range rows) {
+        const int64_t first = rows.first * m_.hidden;
+        std::copy_n(&stream_[size_t(first)], (rows.last - rows.first) * m_.hidden, step.stream_out + first);
     }
 
     void norm(const float* weight, Range rows) {
