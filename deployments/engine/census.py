@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -106,11 +106,12 @@ def take(path: Path) -> Census:
         vocab_size=positive(known, "vocab_size"),
         feed_forward=_feed_forward(known, hidden_size),
         max_model_len=context_length(known),
-        parameters=tuple(parameters_of(model)),
+        parameters=parameters_of(model),
     )
 
 
-def stages(parameters: Sequence[Parameter], pp: int) -> tuple[range, ...]:
+@cache
+def stages(parameters: tuple[Parameter, ...], pp: int) -> tuple[range, ...]:
     """Each stage's run of layers, even by weight."""
     outer = {True: 0, False: 0}
     layers: dict[int, int] = {}
@@ -130,7 +131,7 @@ def _built(path: Path) -> Any:
     return build(path, torch.float32)
 
 
-def parameters_of(model: nn.Module) -> list[Parameter]:
+def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
     """Of a model that isn't cut yet."""
     from torch.nn import Linear
 
@@ -144,7 +145,7 @@ def parameters_of(model: nn.Module) -> list[Parameter]:
             before = layer is None and is_before(owner, module)
             found.append(Parameter(name, tuple(parameter.shape), layer, kind, id(parameter) in seen, before))
             seen.add(id(parameter))
-    return found
+    return tuple(found)
 
 
 def is_before(owner: str, module: nn.Module) -> bool:

@@ -139,7 +139,8 @@ def check_stages(config: Mapping[str, Any], pp: int) -> None:
     """Raises ModelNotServable when the model's layers can't be cut into so many stages."""
     if pp == 1:
         return
-    if not 1 <= pp <= (num_layers := _num_layers(config)):
+    num_layers = _num_layers(config)
+    if not 1 <= pp <= num_layers:
         raise ModelNotServable(f"pp={pp}: the model's {num_layers} layers make 1 to {num_layers} stages", param="pp")
     if (model_type := config.get("model_type")) not in STAGEABLE:
         known = ", ".join(sorted(STAGEABLE))

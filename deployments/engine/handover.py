@@ -23,7 +23,7 @@ class Handover:
         self._place = place
         self._leaving: tuple[Tensor, Any] | None = None
         self.waited_s = 0.0
-        """Seconds that this rank waited for the stage before it: its bubbles, the way of the states included."""
+        """Seconds that this rank waited for the stage before it: its idle time, and the way of the states."""
 
     def take(self, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
         """`tokens x width` from the stage before."""

@@ -72,7 +72,8 @@ class Runner:
             paged=Paged.of(batch, self.cache),
         )
         if self._exit:
-            assert self.handover and self._exit.stream is not None, "a stage needs somebody to give hidden states to"
+            assert self.handover, "a stage needs somebody to give hidden states to"
+            assert self._exit.stream is not None, "the model left a layer out"
             hidden = self._exit.stream[0]
             self.handover.give(hidden)
             return hidden[torch.from_numpy(batch.rows)]

@@ -256,8 +256,8 @@ class Scheduler:
         return self.pool.blocks_for(sequence.num_computed + count) - len(sequence.blocks)
 
     def _make_room(self, sequence: Sequence, counts: dict[Sequence, int]) -> bool:
-        """Grow a running sequence by a token, preempting others as often as needed; False when it was itself preempted, or waits for
-        a step under way whose sequences might go instead."""
+        """Grow a running sequence by a token, preempting others as often as needed; False when it was itself preempted, or waits
+        for a step under way whose sequences might go instead."""
         missing = self._blocks_missing(sequence, 1)
         while missing > self.pool.num_available:
             victim = next(iter(self._victims()), sequence)

@@ -1,5 +1,5 @@
-"""A model narrowed to one stage: other stages' modules give way to some that hold nothing. Any transformers decoder whose layers take
-the stream first and return it can be cut so; `families.py` knows which were tried.
+"""A model narrowed to one stage: other stages' modules give way to some that hold nothing. Any transformers decoder whose layers
+take the stream first and return it can be cut so; `families.py` knows which were tried.
 
 The first module behind a gap takes what comes from the stage before (`Entrance`); the first one after the stage's own layers keeps
 what goes to the next (`Exit`). The model's own code runs around them as it is. Knows nothing of ranks and wires.
@@ -81,7 +81,7 @@ def narrow(model: nn.Module, layers: range, place: Place) -> None:
         del ties[name]
 
 
-def layers_of(parameters: list[Parameter], place: Place) -> range:
+def layers_of(parameters: tuple[Parameter, ...], place: Place) -> range:
     """The run of layers that belongs to `place`. `parameters` are those of the whole model, before any cut."""
     return runs_of(parameters, place.pp)[place.stage]
 

@@ -1,4 +1,4 @@
-"""Where a rank stands when a model is cut both ways: layers into stages, each stage's tensors into parts. Pure: numbers in, numbers out.
+"""Where a rank stands when a model is cut both ways: layers into stages, a stage's tensors into parts. Numbers in, numbers out.
 
 Ranks count from the end of the model: the first `tp` of them hold the last stage. So the leader, rank 0, has the logits that it
 samples from, and none of them travels.

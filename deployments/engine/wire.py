@@ -1,8 +1,8 @@
 """How ranks find each other, and what they talk through: memory that they share where all of them can, else sockets.
 
 They join one `torch.distributed` group over gloo per process. On one node they meet through a file, so no port is opened for it;
-over several nodes through the leader's TCP store. With several stages, the ranks of a stage sum among themselves, and what goes from
-rank 0 to all goes point to point: ranks of other stages are at other steps.
+over several nodes through the leader's TCP store. With several stages, the ranks of a stage sum among themselves, and what goes
+from rank 0 to all goes point to point: ranks of other stages are at other steps.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def join(rendezvous: Rendezvous, native: Path | None) -> Wires:
 
 
 def _stage_group(place: Place) -> Any:
-    """The process group of this rank's stage, which DeepSpeed is to cut over: it would take the first ranks of all. It has one for a
-    process, which it makes when it is first asked to cut; None where all ranks are one stage, as it expects."""
+    """The process group of this rank's stage, None where all ranks are one stage. DeepSpeed has one group for a process, made of
+    the world's first ranks when it is first asked to cut; it takes one that is there already."""
     if place.pp == 1:
         return None
     from deepspeed.inference.engine import InferenceEngine
@@ -200,7 +200,7 @@ def _set_environment(rendezvous: Rendezvous) -> None:
 
 
 def interface_of(host: str) -> str | None:
-    """The network interface that has this IPv4 address, so that gloo listens where the other nodes know this one; None if none has."""
+    """The network interface with this IPv4 address, so that gloo listens where other nodes know this one; None if none has it."""
     try:
         wanted = socket.inet_aton(host)
     except OSError:
