@@ -103,7 +103,7 @@ def measure(model: str, options: argparse.Namespace) -> list[Measurement]:
 
 def measure_steps(local: LocalEngine, model: str, running: int, options: argparse.Namespace) -> Measurement:
     watch, runner = Watch(local.shard), local.shard.runner
-    engine = Engine.of(watch.execute, local.shard.spec.num_blocks, local.shard.spec.settings, local.shard.choose)
+    engine = Engine.of(watch.execute, local.shard.spec.num_blocks, local.shard.spec.settings, choose=local.shard.choose)
     for request in requests(running, options.context, models.MODELS[model]["vocab_size"]):
         engine.add(request)
     while engine.scheduler.waiting or any(sequence.in_prompt for sequence in engine.scheduler.running):

@@ -68,6 +68,8 @@ def _check(deployment: Deployment) -> None:
         raise InvalidRequest(f"dtype {deployment.dtype!r} is not one of {', '.join(DTYPES)}", param="dtype")
     if not 1 <= deployment.tp <= 1024:
         raise InvalidRequest(f"tp={deployment.tp}: the number of shards is 1 to 1024", param="tp")
+    if not 1 <= deployment.pp <= 1024:
+        raise InvalidRequest(f"pp={deployment.pp}: the number of stages is 1 to 1024", param="pp")
     if not 0 <= deployment.min_replicas <= deployment.max_replicas or deployment.max_replicas < 1:
         asked = f"{deployment.min_replicas}..{deployment.max_replicas}"
         raise InvalidRequest(f"replicas {asked}: write A..B with 0 <= A <= B and B >= 1", param="replicas")

@@ -168,3 +168,4 @@ class Deployment:
     max_replicas: int = 1
     max_model_len: int | None = None
     created_at: float = 0.0  # seconds since the epoch
+    pp: int = 1  # stages of `tp` shards each

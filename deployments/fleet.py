@@ -92,7 +92,7 @@ def find(deployment: Deployment, settings: Settings) -> Target:
         registry = Registry(settings.mlflow_uri, Storage(settings.home / "library"))
         directory = Path(registry.resolve(ModelRef.parse(deployment.model)).path)
     try:
-        inspect(directory, tp=deployment.tp, dtype=deployment.dtype, max_model_len=deployment.max_model_len)
+        inspect(directory, tp=deployment.tp, pp=deployment.pp, dtype=deployment.dtype, max_model_len=deployment.max_model_len)
     except ModelNotServable as error:
         raise ModelNotServable(f"{deployment.name}: {error.message}") from error
     return Target(deployment, directory, _digest(deployment, directory, settings))
@@ -140,7 +140,8 @@ def _deploy_model(target: Target, settings: Settings, on_event: OnEvent) -> None
     from deployments.llm import build
 
     name = PREFIX + target.deployment.name
-    ranks = f"{target.deployment.tp} shards" if target.deployment.tp > 1 else "one shard"
+    tp, pp = target.deployment.tp, target.deployment.pp
+    ranks = f"{tp * pp} shards" if tp * pp > 1 else "one shard"
     on_event(f"loading {target.deployment.name} on {ranks}")
     application = build(target.deployment, str(target.directory), target.digest, Secrets(settings.home).prefix_cache, settings)
     _run(application, name, None)

@@ -53,22 +53,25 @@ class LLM:
         self._deployment = deployment
         self._cache_secret = cache_secret
         engine, path = self._settings.engine, Path(directory)
-        self._model = inspect(path, tp=deployment.tp, dtype=deployment.dtype, max_model_len=deployment.max_model_len)
+        self._model = inspect(
+            path, tp=deployment.tp, pp=deployment.pp, dtype=deployment.dtype, max_model_len=deployment.max_model_len
+        )
         self._tokenizer = await asyncio.to_thread(Tokenizer.load, path)
         self._defaults = sampling_defaults(path)
         blocks = num_blocks(self._model, engine)
         self._room = min(self._model.max_model_len, blocks * engine.block_size)
+        ranks = deployment.tp * deployment.pp
         spec = ShardSpec(
             directory=path,
             model=self._model,
             num_blocks=blocks,
-            threads=engine.threads or max(1, (os.cpu_count() or 1) // deployment.tp),
+            threads=engine.threads or max(1, (os.cpu_count() or 1) // ranks),
             settings=engine,
-            rendezvous=Rendezvous("", 0, deployment.tp, engine.start_deadline_s),
+            rendezvous=Rendezvous("", 0, ranks, engine.start_deadline_s, deployment.pp),
         )
         self._group = ShardGroup(spec, raynode.ranks_directory(settings), log_level=self._settings.log_level)
         await self._group.start()
-        log.info("shard group ready", extra={"model": deployment.name, "ranks": deployment.tp, "pids": self._group.pids})
+        log.info("shard group ready", extra={"model": deployment.name, "ranks": ranks, "pids": self._group.pids})
 
     async def generate(self, call: Generate) -> AsyncIterator[Chunk]:
         """Stream one answer. Raises, before the first chunk, InvalidRequest for a prompt that doesn't fit and Overloaded when the
@@ -101,14 +104,15 @@ class LLM:
             "model_type": self._model.model_type,
             "num_parameters": self._model.num_parameters,
             "tp": self._deployment.tp,
+            "pp": self._deployment.pp,
             "dtype": self._deployment.dtype,
         }
 
     async def stats(self) -> dict[str, Any]:
-        """The engine's own counters, and the ranks' pids."""
+        """The engine's own counters, and the ranks' pids and nodes."""
         engine = self._group.engine
         counters: dict[str, Any] = msgspec.to_builtins(engine.stats)
-        return counters | {"streams": engine.num_streams, "pids": self._group.pids}
+        return counters | {"streams": engine.num_streams, "pids": self._group.pids, "nodes": self._group.nodes}
 
     async def check_health(self) -> None:
         """Serve asks every few seconds. A group is well while every rank advances: rank 0 reports only after a step or a ping
@@ -172,8 +176,16 @@ def is_long(call: Generate) -> bool:
     return len(call.prompt or "") + sum(len(message.content) for message in call.messages) > INLINE_CHARS
 
 
+def bundles(deployment: Deployment, cpus_per_shard: float) -> list[dict[str, float]]:
+    """What a replica reserves. A bundle is always on one node: one for each stage keeps its shards together, and bundles go to
+    other nodes when one has no room. Without stages a bundle for each shard: a model of one stage may be torn, if it must."""
+    if deployment.pp > 1:
+        return [{"CPU": cpus_per_shard * deployment.tp}] * deployment.pp
+    return [{"CPU": cpus_per_shard}] * deployment.tp
+
+
 def build(deployment: Deployment, directory: str, digest: str, cache_secret: bytes, settings: Settings) -> serve.Application:
-    """The Serve application of one model. Replicas need `tp` bundles of `engine.cpus_per_shard` CPUs each."""
+    """The Serve application of one model. Replicas need the bundles that `bundles` says."""
     engine = settings.engine
     capacity = engine.max_sequences + engine.max_queued
     scaling: dict[str, Any] = {"num_replicas": deployment.min_replicas}
@@ -188,7 +200,7 @@ def build(deployment: Deployment, directory: str, digest: str, cache_secret: byt
     options = serve.deployment(
         name="LLM",
         ray_actor_options={"num_cpus": 0},
-        placement_group_bundles=[{"CPU": engine.cpus_per_shard}] * deployment.tp,
+        placement_group_bundles=bundles(deployment, engine.cpus_per_shard),
         placement_group_strategy="PACK",
         max_ongoing_requests=capacity + 16,  # the replica itself says no, in its own words, before Serve does
         max_queued_requests=capacity,

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import ShardSpec
 
 
+@dataclass(frozen=True)
+class Spot:
+    """Where a rank is."""
+
+    node: str  # its id
+    host: str
+    pid: int
+    cpus: int  # of the node, whoever uses them
+
+
 class ShardActor:
     """One rank in its own process."""
 
@@ -34,15 +45,14 @@ class ShardActor:
         log.configure(log_level)
         self._progress = Progress()
 
-    def where(self) -> tuple[str, str, int]:
-        """Node id, address and pid."""
-        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), os.getpid()
+    def where(self) -> Spot:
+        return Spot(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), os.getpid(), os.cpu_count() or 1)
 
-    def free_port(self) -> int:
+    def free_port(self, host: str) -> int:
         import socket
 
         with socket.socket() as probe:
-            probe.bind(("", 0))
+            probe.bind((host, 0))
             return int(probe.getsockname()[1])
 
     def load(self, spec: ShardSpec) -> None:
@@ -74,6 +84,7 @@ class ShardGroup:
         self._actors = [self._actor(rank, log_level) for rank in range(self.size)]
         self._watch: asyncio.Task[None] | None = None
         self.pids: list[int] = []
+        self.nodes: list[str] = []  # of each rank
 
     async def start(self) -> None:
         """Load the model on every rank and connect to rank 0. On any failure nothing is left running.
@@ -82,10 +93,10 @@ class ShardGroup:
         """
         try:
             async with asyncio.timeout(self.spec.settings.start_deadline_s):
-                places = await asyncio.gather(*(actor.where.remote() for actor in self._actors))
-                self.pids = [pid for _, _, pid in places]
-                address = await self._meeting_address(places)
-                specs = [self.spec.at(Rendezvous(address, rank, self.size, self._timeout_s)) for rank in range(self.size)]
+                spots: list[Spot] = await asyncio.gather(*(actor.where.remote() for actor in self._actors))
+                self.pids, self.nodes = [spot.pid for spot in spots], [spot.node for spot in spots]
+                address = await self._meeting_address(spots)
+                specs = [self._spec(address, rank, spots) for rank in range(self.size)]
                 await asyncio.gather(*(actor.load.remote(spec) for actor, spec in zip(self._actors, specs, strict=True)))
                 await self.engine.listen()
                 runs = [actor.follow.remote() for actor in self._actors[1:]]
@@ -124,19 +135,29 @@ class ShardGroup:
         self.engine.fail(next(iter(done)).result())
         self.kill()
 
-    async def _meeting_address(self, places: list[tuple[str, str, int]]) -> str:
+    async def _meeting_address(self, spots: list[Spot]) -> str:
         """A file when all ranks share a node, so that no port is opened; else a port of rank 0's node."""
-        if len({node for node, _, _ in places}) == 1:
+        if len(set(self.nodes)) == 1:
             return f"file://{self._folder}/{self._folder.name}"
-        return f"tcp://{places[0][1]}:{await self._actors[0].free_port.remote()}"
+        host = spots[0].host
+        return f"tcp://{host}:{await self._actors[0].free_port.remote(host)}"
+
+    def _spec(self, address: str, rank: int, spots: list[Spot]) -> ShardSpec:
+        """Of one rank. On several nodes, each has its share of its own node's cores."""
+        spot, pp = spots[rank], self.spec.rendezvous.pp
+        spec = self.spec.at(Rendezvous(address, rank, self.size, self._timeout_s, pp, spot.host))
+        if spec.rendezvous.one_node or spec.settings.threads:
+            return spec
+        return replace(spec, threads=max(1, spot.cpus // self.nodes.count(spot.node)))
 
     def _actor(self, rank: int, log_level: str) -> Any:
-        settings, threads = self.spec.settings, str(self.spec.threads)
+        settings, threads, place = self.spec.settings, str(self.spec.threads), replace(self.spec.rendezvous, rank=rank).place
+        bundle = rank // place.tp if place.pp > 1 else rank
         options = ray.remote(ShardActor).options(
             num_cpus=settings.cpus_per_shard,
             max_restarts=0,
             max_concurrency=2,  # `where` and `loading` answer while `load` or `follow` runs
-            scheduling_strategy=PlacementGroupSchedulingStrategy(get_current_placement_group(), rank),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(get_current_placement_group(), bundle),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}},
         )
         return options.remote(log_level)

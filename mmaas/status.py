@@ -67,11 +67,16 @@ def render(status: Status, console: Console) -> None:
         wanted = served.deployment
         replicas = f"{served.replicas} of {wanted.min_replicas}..{wanted.max_replicas}"
         state = Text(served.state, "green" if served.state == "RUNNING" else "yellow")
-        table.add_row(wanted.name, state, replicas, str(wanted.tp), wanted.dtype, Text(wanted.model), Text(served.message))
+        table.add_row(wanted.name, state, replicas, shards(wanted), wanted.dtype, Text(wanted.model), Text(served.message))
     if status.models:
         console.print(table)
     for sentence in status.waiting:
         console.print(Text("waiting ", "yellow") + Text(sentence))
+
+
+def shards(deployment: Deployment) -> str:
+    """Shards of a copy: of each stage, where there are several."""
+    return str(deployment.tp) if deployment.pp == 1 else f"{deployment.tp} in each of {deployment.pp} stages"
 
 
 def _served(deployment: Deployment, application: dict[str, Any] | None) -> Served:

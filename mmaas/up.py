@@ -35,6 +35,7 @@ class Asked:
     name: str | None = None
     tp: int | None = None
     dtype: str | None = None
+    pp: int | None = None
 
 
 class Platform:
@@ -136,8 +137,9 @@ def reconcile(settings: Settings) -> None:
 def _want(settings: Settings, asked: Asked, console: Console, store: Store, platform: Platform) -> bool:
     """Make sure that some model is desired; returns whether the desired state changed."""
     desired = Desired(store)
-    if asked.model is None and any(value is not None for value in (asked.name, asked.tp, asked.dtype)):
-        raise InvalidRequest("--name, --tp and --dtype go with --model; change a served model with `mmaas deploy`", param="model")
+    if asked.model is None and any(value is not None for value in (asked.name, asked.tp, asked.dtype, asked.pp)):
+        options = "--name, --tp, --pp and --dtype go with --model"
+        raise InvalidRequest(f"{options}; change a served model with `mmaas deploy`", param="model")
     if asked.model is not None:
         return _put(desired, deployment_of(asked.model, asked))
     if desired.list():
@@ -155,7 +157,7 @@ def deployment_of(model: str, asked: Asked) -> Deployment:
         raise InvalidRequest(f"{name!r} can't name a model; choose one with --name", param="name")
     path = Path(model).expanduser().absolute()
     location = str(path) if path.is_dir() else _from_hub(model)
-    return Deployment(name, location, tp=asked.tp or 1, dtype=asked.dtype or "float32")
+    return Deployment(name, location, tp=asked.tp or 1, dtype=asked.dtype or "float32", pp=asked.pp or 1)
 
 
 def _from_hub(name: str) -> str:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.errors import ModelNotServable
 from deployments.engine.checkpoint import check_shape, kv_heads
 from deployments.engine.model_config import context_length, positive, read_json
+from deployments.engine.stages import split
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,19 +28,22 @@ _ROWS = {"o_proj", "out_proj", "down_proj", "dense", "fc2", "dense_4h_to_h", "c_
 _ROUTERS = {"gate", "shared_expert_gate", "router"}
 _HEADS = {"lm_head", "embed_out"}
 _BY_GRAIN = ("mlp", "gate_proj", "up_proj", "down_proj")
+_ENTRANCES = {"project_in"}
 
 Kind = Literal["whole", "column", "row"]
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter. `layer` None: before or behind the layers. `tied`: the same tensor as another one, until AutoTP cuts it."""
+    """One parameter. `layer` None: `before` or behind the layers. `tied`: the same tensor as another one, until AutoTP cuts it or
+    they are in different stages."""
 
     name: str
     shape: tuple[int, ...]
     layer: int | None
     kind: Kind
     tied: bool
+    before: bool = False
 
     @property
     def size(self) -> int:
@@ -101,8 +106,21 @@ def take(path: Path) -> Census:
         vocab_size=positive(known, "vocab_size"),
         feed_forward=_feed_forward(known, hidden_size),
         max_model_len=context_length(known),
-        parameters=tuple(_parameters(model)),
+        parameters=parameters_of(model),
     )
+
+
+@cache
+def stages(parameters: tuple[Parameter, ...], pp: int) -> tuple[range, ...]:
+    """Each stage's run of layers, even by weight."""
+    outer = {True: 0, False: 0}
+    layers: dict[int, int] = {}
+    for parameter in parameters:
+        if parameter.layer is None:
+            outer[parameter.before] += parameter.size
+        else:
+            layers[parameter.layer] = layers.get(parameter.layer, 0) + parameter.size
+    return split([layers[number] for number in sorted(layers)], pp, before=outer[True], behind=outer[False])
 
 
 def _built(path: Path) -> Any:
@@ -113,7 +131,8 @@ def _built(path: Path) -> Any:
     return build(path, torch.float32)
 
 
-def _parameters(model: nn.Module) -> list[Parameter]:
+def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
+    """Of a model that isn't cut yet."""
     from torch.nn import Linear
 
     found, seen = [], set()
@@ -123,9 +142,17 @@ def _parameters(model: nn.Module) -> list[Parameter]:
             number = _LAYER.search(name)
             layer = int(number[1]) if number else None
             kind = _kind(owner, leaf, layer) if isinstance(module, Linear) else "whole"
-            found.append(Parameter(name, tuple(parameter.shape), layer, kind, id(parameter) in seen))
+            before = layer is None and is_before(owner, module)
+            found.append(Parameter(name, tuple(parameter.shape), layer, kind, id(parameter) in seen, before))
             seen.add(id(parameter))
-    return found
+    return tuple(found)
+
+
+def is_before(owner: str, module: nn.Module) -> bool:
+    """Whether a module outside the layers works before them: not always the order in which they are written down."""
+    from torch.nn import Embedding
+
+    return isinstance(module, Embedding) or owner.rpartition(".")[2] in _ENTRANCES
 
 
 def _kind(owner: str, leaf: str, layer: int | None) -> Kind:

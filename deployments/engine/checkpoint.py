@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ModelNotServable
-from deployments.engine.families import NOT_SERVABLE, NOT_SHARDABLE, NOT_SHARDABLE_WITH, SHARDABLE
+from deployments.engine.families import NOT_SERVABLE, NOT_SHARDABLE, NOT_SHARDABLE_WITH, SHARDABLE, STAGEABLE
 from deployments.engine.model_config import check_runs_no_code, context_length, positive, read_json
 from deployments.engine.weights import Weights, find_weights
 
@@ -44,8 +44,8 @@ class ModelInfo:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
 
 
-def inspect(directory: str | Path, *, tp: int, dtype: str, max_model_len: int | None = None) -> ModelInfo:
-    """Raises ModelNotServable, with what to change, for a directory that can't be served over `tp` ranks at `dtype`."""
+def inspect(directory: str | Path, *, tp: int, dtype: str, pp: int = 1, max_model_len: int | None = None) -> ModelInfo:
+    """Raises ModelNotServable, with what to change, for a directory that can't be served over `tp` x `pp` ranks at `dtype`."""
     directory = Path(directory)
     if not directory.is_dir():
         raise ModelNotServable(f"{directory} is not a directory")
@@ -57,6 +57,7 @@ def inspect(directory: str | Path, *, tp: int, dtype: str, max_model_len: int | 
     check_runs_no_code(config)
     model_type, architecture = _check_family(config, tp)
     _check_split(config, tp)
+    check_stages(config, pp)
     if not (directory / "tokenizer.json").is_file():
         raise ModelNotServable(
             f"{directory.name} has no tokenizer.json; save the model's tokenizer there with save_pretrained(...)"
@@ -66,7 +67,7 @@ def inspect(directory: str | Path, *, tp: int, dtype: str, max_model_len: int | 
     return ModelInfo(
         model_type=model_type,
         architecture=architecture,
-        num_layers=positive(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+        num_layers=_num_layers(config),
         hidden_size=_hidden_size(config),
         num_heads=num_heads,
         num_kv_heads=kv_heads(config),
@@ -132,6 +133,24 @@ def _check_split(config: Mapping[str, Any], tp: int) -> None:
         common = math.gcd(*sizes.values())
         works = ", ".join(str(n) for n in range(1, min(common, 1024) + 1) if common % n == 0)
         raise ModelNotServable(f"tp={tp} doesn't divide {' nor '.join(uneven)}; these values work: {works}", param="tp")
+
+
+def check_stages(config: Mapping[str, Any], pp: int) -> None:
+    """Raises ModelNotServable when the model's layers can't be cut into so many stages."""
+    if pp == 1:
+        return
+    num_layers = _num_layers(config)
+    if not 1 <= pp <= num_layers:
+        raise ModelNotServable(f"pp={pp}: the model's {num_layers} layers make 1 to {num_layers} stages", param="pp")
+    if (model_type := config.get("model_type")) not in STAGEABLE:
+        known = ", ".join(sorted(STAGEABLE))
+        raise ModelNotServable(
+            f"stages of {model_type!r:.80} are untested, so they are refused; use pp=1 (tested: {known})", param="pp"
+        )
+
+
+def _num_layers(config: Mapping[str, Any]) -> int:
+    return positive(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def _num_heads(config: Mapping[str, Any]) -> int:

@@ -30,6 +30,7 @@ from cluster.private_files import private_directory
 from deployments.engine.mapped import TYPES, MappedFiles
 from deployments.engine.progress import Progress
 from deployments.engine.safetensors_header import read_header
+from deployments.engine.stages import Place
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +48,10 @@ class Copies:
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
 
-    def of(self, model: str, *, rank: int, size: int, dtype: str, cuts: Iterable[Any]) -> Copy:
+    def of(self, model: str, *, place: Place, dtype: str, cuts: Iterable[Any]) -> Copy:
         """`model`: digest of the model's content; `cuts`: how this rank's part is cut, plain data."""
-        shared = {"format": FORMAT, "model": model, "ranks": size, "dtype": dtype}
+        rank, size = place.rank, place.tp * place.pp
+        shared = {"format": FORMAT, "model": model, "ranks": size, "stages": place.pp, "dtype": dtype}
         key = hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:32]
         facts = shared | {"rank": rank, "cuts": hashlib.sha256(json.dumps(list(cuts)).encode()).hexdigest()}
         return Copy(self, self.folder / key / f"{rank}-of-{size}.safetensors", facts, size)

@@ -1,13 +1,15 @@
 """The loop's body on rank 0: schedule, guess, run, sample, deliver. No thread, no socket, no text; one call of `step` is one step.
 
 `execute` takes a Batch and returns the logits of its sampled rows; it is the only door to the model, so that a test can put
-anything behind it.
+anything behind it. Where the model has several stages, as many steps are under way at once, each with other sequences: `launch`
+lets the first stages begin with a step that `execute` finishes later.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from deployments.engine.sampler import Choose, Sampled
 
 Execute = Callable[[Batch], "Tensor"]
+Launch = Callable[[Batch], None]
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -80,6 +83,14 @@ class Stats(msgspec.Struct):
     model_s: float = 0.0  # of busy_s, the time inside the model
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that was launched."""
+
+    slices: Items[Slice]
+    batch: Batch
+
+
 @dataclass(slots=True)
 class Engine:
     """Owns the scheduler and every request in it."""
@@ -90,23 +101,37 @@ class Engine:
     speculation: Speculation | None = None
     choose: Choose | None = None  # None: the sampler's own
     clock: Callable[[], float] = time.perf_counter
+    launch: Launch = lambda batch: None
+    _flights: deque[Flight] = field(default_factory=deque)  # the oldest first
     _requests: dict[int, list[Sequence]] = field(default_factory=dict)  # the unfinished choices of each request
     _counts: Stats = field(default_factory=Stats)  # gauges stay zero here: `stats` reads them where they live
 
     @classmethod
-    def of(cls, execute: Execute, num_blocks: int, settings: EngineSettings, choose: Choose | None = None) -> Engine:
+    def of(
+        cls,
+        execute: Execute,
+        num_blocks: int,
+        settings: EngineSettings,
+        *,
+        choose: Choose | None = None,
+        launch: Launch = lambda batch: None,
+        depth: int = 1,
+    ) -> Engine:
+        """`depth`: steps that may be under way at once."""
         scheduler = Scheduler(
             BlockPool(num_blocks, settings.block_size),
             max_sequences=settings.max_sequences,
             max_batch_tokens=settings.max_batch_tokens,
             prefix_cache=settings.prefix_cache,
+            depth=depth,
         )
         speculation = Speculation(settings.speculation) if settings.speculation else None
-        return cls(execute, scheduler, Chunking(settings.max_batch_tokens, settings.step_target_ms / 1e3), speculation, choose)
+        chunking = Chunking(settings.max_batch_tokens, settings.step_target_ms / 1e3 / depth)  # who reads waits for all of them
+        return cls(execute, scheduler, chunking, speculation, choose, launch=launch)
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._flights)
 
     def add(self, request: Request) -> None:
         leader: Sequence | None = None
@@ -138,17 +163,39 @@ class Engine:
                 self._finish(sequence)
 
     def step(self) -> list[Output]:
-        """Compute one step and return its tokens: one for each sequence that samples, and its guesses that were right."""
+        """Compute one step and return its tokens: one for each sequence that samples, and its guesses that were right. Before it
+        waits for the oldest step, it launches as many as may be under way."""
         began = self.clock()
+        while len(self._flights) < self.scheduler.depth and self._launch():
+            pass
+        return self._land(began) if self._flights else []
+
+    def drain(self) -> list[Output]:
+        """Finish the steps that are under way, and begin no other."""
+        outputs = []
+        while self._flights:
+            outputs += self._land(self.clock())
+        return outputs
+
+    def _launch(self) -> bool:
+        """False when there is nothing to do, or nothing that isn't under way."""
         self.scheduler.budget = self.chunking.budget(self.scheduler.num_decoders, self.scheduler.num_newcomers)
         slices: Items[Slice] = self.scheduler.schedule()
         if not slices:
-            return []
+            return False
         if self.speculation:
             slices = self.scheduler.extend(slices, self.speculation.drafts(slices))
-        batch = Batch.of(slices)
+        self.scheduler.launch(slices)
+        flight = Flight(slices, Batch.of(slices))
+        self.launch(flight.batch)
+        self._flights.append(flight)
+        return True
+
+    def _land(self, began: float) -> list[Output]:
+        flight = self._flights.popleft()
+        slices = flight.slices
         model_began = self.clock()
-        logits = self.execute(batch)
+        logits = self.execute(flight.batch)
         self._counts.model_s += self.clock() - model_began
         self.scheduler.commit(slices)
         outputs = self._deliver([item for item in slices if item.samples], logits)
@@ -183,7 +230,7 @@ class Engine:
         choose = self.choose or sampler.choose
         outputs = []
         rows = accumulate((1 + len(item.draft) for item in slices[:-1]), initial=0)
-        going, place = list(zip(slices, rows, strict=True)), 0
+        going, place = [pair for pair in zip(slices, rows, strict=True) if pair[0].sequence in self.scheduler.running], 0
         while going:
             wanted = logits if len(going) == len(logits) else logits[[row + place for _, row in going]]
             chosen = sampler.sample(wanted, [item.sequence for item, _ in going], choose)

@@ -42,6 +42,9 @@ NOT_SHARDABLE = {
 }
 """Good on one rank; what goes wrong on two."""
 
+STAGEABLE = SHARDABLE | NOT_SHARDABLE.keys()
+"""Cut into stages, their logits equal whole ones to the last bit: each was tried with 2, 3 and 4 stages."""
+
 _OWN_ATTENTION = "its attention can't be replaced through transformers' AttentionInterface, so its keys and values can't be paged"
 _RECURRENT = "it keeps a recurrent state beside keys and values"
 _NO_WAY_IN = "it doesn't pass what paged attention needs on to its attention"

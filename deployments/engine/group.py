@@ -17,7 +17,7 @@ from deployments.engine.batch import Ints
 from deployments.engine.native.meeting import Meeting
 from deployments.engine.orders import Order, pack, unpack
 from deployments.engine.rendezvous import Rendezvous
-from deployments.engine.wire import Wire, all_agree, join
+from deployments.engine.wire import Wires, all_agree, join
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ ORDER = -2
 class Group:
     """A joined group of two or more ranks; rank 0 leads. A process joins once; a second model shares the group."""
 
-    wire: ClassVar[Wire | None] = None
+    wires: ClassVar[Wires | None] = None
     joined: ClassVar[str | None] = None  # the address where this process met its others
 
     def __init__(self, rendezvous: Rendezvous, *, native: Path | None) -> None:
@@ -39,16 +39,17 @@ class Group:
         self.rank, self.size = rendezvous.rank, rendezvous.size
         self._buffer = torch.zeros(HEAD, dtype=torch.int32)
         assert Group.joined in (None, rendezvous.address), "this process belongs to a group of other ranks already"
-        self._wire = Group.wire = Group.wire or join(rendezvous, native)
-        Group.joined = rendezvous.address
+        self.place = rendezvous.place
+        Group.wires, Group.joined = Group.wires or join(rendezvous, native), rendezvous.address
+        self._wire, self._stage = Group.wires.all, Group.wires.stage
 
     @property
     def meeting(self) -> Meeting | None:
-        """The shared memory of these ranks, if they have any."""
-        return self._wire if isinstance(self._wire, Meeting) else None
+        """The shared memory of this stage's ranks, if they have any."""
+        return self._stage if isinstance(self._stage, Meeting) else None
 
     def shard(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """Cut a whole model to this rank's part (DeepSpeed AutoTP, Megatron-style tensor parallelism).
+        """Cut a whole model to this rank's part of every layer (DeepSpeed AutoTP, Megatron-style tensor parallelism).
 
         A model on the meta device stays there: what is cut are its modules and shapes. Raises ModelNotServable when DeepSpeed
         can't, or leaves (almost) everything on every rank.
@@ -60,14 +61,14 @@ class Group:
         try:
             with _stays_on_meta(model):
                 engine = deepspeed.init_inference(
-                    model, tensor_parallel={"tp_size": self.size}, dtype=dtype, replace_with_kernel_inject=False
+                    model, tensor_parallel={"tp_size": self.place.tp}, dtype=dtype, replace_with_kernel_inject=False
                 )
         except (AssertionError, ValueError, RuntimeError, NotImplementedError) as error:
-            raise ModelNotServable(f"DeepSpeed can't cut {type(model).__name__} into {self.size} parts: {error}") from error
+            raise ModelNotServable(f"DeepSpeed can't cut {type(model).__name__} into {self.place.tp} parts: {error}") from error
         after = sum(parameter.numel() for parameter in engine.module.parameters())
         if after == before:
             raise ModelNotServable(
-                f"DeepSpeed left {type(model).__name__} whole on each of {self.size} ranks; serve it with --tp 1"
+                f"DeepSpeed left {type(model).__name__} whole on each of {self.place.tp} ranks; serve it with --tp 1"
             )
         _restore(engine.module, buffers)
         log.info("sharded", extra={"rank": self.rank, "parameters": after, "of": before})
@@ -78,8 +79,8 @@ class Group:
         return all_agree(mine)
 
     def all_reduce(self, numbers: Tensor) -> None:
-        """Sum over all ranks, in place."""
-        self._wire.all_reduce(numbers)
+        """Sum over the ranks of this stage, in place."""
+        self._stage.all_reduce(numbers)
 
     def send(self, batch: Ints) -> None:
         """Leader: the next step's batch to every other rank."""

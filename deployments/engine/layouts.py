@@ -1,18 +1,19 @@
 """Which ways of spreading a model over machines fit, what each rank needs, and which one to take. Pure: numbers in, numbers out.
 
-Tensor parallelism is what the engine serves; pipeline stages are planned for models that need them, each with a run of layers.
+Stages come into it where tensor parts alone don't do: they are as even as the engine cuts them (`stages.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from cluster.errors import ModelNotServable
 from cluster.machines import Machine
 from deployments.engine.census import Census
-from deployments.engine.checkpoint import DTYPE_BYTES, check_shape
+from deployments.engine.census import stages as runs
+from deployments.engine.checkpoint import DTYPE_BYTES, check_shape, check_stages
 
 HEADROOM = 0.9
 """Of a rank's memory, what may be planned: the rest is for the runtime, fragments and what else the node does."""
@@ -81,8 +82,11 @@ def plan(
 ) -> Plan:
     """Every layout on these machines, or only those with `tp` and `pp`. `config`, the model's config.json, is what refusals quote.
 
-    Stages that shorten no rank's run of layers are left out, and so are, for GPUs, nodes beyond those that the ranks fill.
+    Stages that shorten no rank's run of layers are left out, and so are those whose shards would be torn over nodes, and, for GPUs,
+    nodes beyond those that the ranks fill. Raises ModelNotServable when the model can't be cut into `pp` stages.
     """
+    if pp:
+        check_stages(config, pp)
     total = sum(machine.ranks for machine in machines)
     refused: dict[int, str] = {}
     layouts: list[Layout] = []
@@ -92,7 +96,8 @@ def plan(
         except ModelNotServable as error:
             refused[size] = error.message
             continue
-        layouts += _layouts(census, machines, load, size, pp)
+        found = _layouts(census, machines, load, size, pp or (None if _has_stages(config) else 1))
+        layouts += [layout for layout in found if layout.pp == 1 or not layout.crosses_nodes]
     fits = sorted((layout for layout in layouts if layout.rank_bytes <= layout.room_bytes), key=_preference)
     closest = min(layouts, key=lambda layout: layout.rank_bytes / max(1, layout.room_bytes), default=None)
     return Plan(tuple(fits), refused, closest, _reason(fits[0]) if fits else _lack(closest, total, load))
@@ -100,7 +105,7 @@ def plan(
 
 def weight_bytes(census: Census, load: Load, tp: int, pp: int) -> int:
     """Of the rank that holds most: the first stage has the embeddings, the last the output."""
-    return _sizes_by_stage(census, tp, pp) * load.element_bytes
+    return max(rank_sizes(census, tp, pp).values()) * load.element_bytes
 
 
 def kv_bytes(census: Census, load: Load, tp: int, pp: int) -> int:
@@ -137,6 +142,14 @@ def _layouts(census: Census, machines: Sequence[Machine], load: Load, tp: int, p
             yield Layout(tp, stages, nodes, per_node, *parts, room, groups // nodes)
 
 
+def _has_stages(config: Mapping[str, object]) -> bool:
+    try:
+        check_stages(config, 2)
+    except ModelNotServable:
+        return False
+    return True
+
+
 def _groups(machine: Machine, ranks: int, rank_bytes: int) -> int:
     """How often so many ranks fit on the machine."""
     slots = machine.ranks // ranks
@@ -167,23 +180,23 @@ def _stages(num_layers: int, most: int) -> list[int]:
 
 
 def _longest_stage(census: Census, pp: int) -> int:
-    return -(-census.num_layers // pp)
+    return max(map(len, runs(census.parameters, pp)))
 
 
 @cache
-def _sizes_by_stage(census: Census, tp: int, pp: int) -> int:
-    """Elements of the largest rank."""
-    run = _longest_stage(census, pp)
-    first_layer = next((number for number, parameter in enumerate(census.parameters) if parameter.layer is not None), 0)
+def rank_sizes(census: Census, tp: int, pp: int) -> Mapping[tuple[int, int], int]:
+    """Elements of the weights of ranks, by stage and tensor part. Only of a stage's first part, which gets what doesn't go up
+    evenly, and of its last, which gets what is left of a grain."""
+    stage_of = {layer: stage for stage, run in enumerate(runs(census.parameters, pp)) for layer in run}
     totals: dict[tuple[int, int], int] = {}
-    for number, parameter in enumerate(census.parameters):
-        outer = 0 if number < first_layer else pp - 1
-        stage = outer if parameter.layer is None else parameter.layer // run
-        apart = parameter.tied and pp > 1  # the last stage needs its own
-        for rank in {0, tp - 1}:  # the first gets what doesn't go up evenly, the last what is left of a grain
-            held = parameter.size if apart and tp == 1 else census.size_on(parameter, rank, tp)
-            totals[stage, rank] = totals.get((stage, rank), 0) + held
-    return max(totals.values())
+    for parameter in census.parameters:
+        outer = 0 if parameter.before else pp - 1
+        stage = outer if parameter.layer is None else stage_of[parameter.layer]
+        if parameter.tied and pp > 1:  # the last stage needs its own
+            parameter = replace(parameter, tied=False)
+        for part in {0, tp - 1}:
+            totals[stage, part] = totals.get((stage, part), 0) + census.size_on(parameter, part, tp)
+    return totals
 
 
 def _preference(layout: Layout) -> tuple[bool, int, int, int]:

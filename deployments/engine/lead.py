@@ -15,10 +15,13 @@ BEAT_S = 1.0
 
 def lead(shard: Shard, path: str) -> None:
     """Serve the replica that listens at `path`. Raises what breaks the group; returns when the replica is gone."""
-    engine = Engine.of(shard.execute, shard.spec.num_blocks, shard.spec.settings, shard.choose)
+    engine = Engine.of(
+        shard.execute, shard.spec.num_blocks, shard.spec.settings, choose=shard.choose, launch=shard.launch, depth=shard.depth
+    )
     with LeaderEnd(path) as wire, contextlib.suppress(ConnectionError):  # which only the replica's end gives
         wire.send(Beat(engine.stats()))
         _loop(shard, engine, wire)
+    engine.drain()
     shard.stop()
 
 
@@ -32,6 +35,8 @@ def _loop(shard: Shard, engine: Engine, wire: LeaderEnd) -> None:
                 case Abort(request_id, index):
                     engine.abort(request_id, index)
                 case Do():
+                    if outputs := engine.drain():  # an order comes between two steps on every rank
+                        wire.send(Tokens(outputs))
                     wire.send(_done(shard, command))
         if engine.has_work:
             if outputs := engine.step():

@@ -1,7 +1,8 @@
 """One rank's model with its own weights and nobody else's: built empty, cut empty, then filled from the wanted parts of the files.
 
-DeepSpeed's AutoTP decides the cut (`Group.shard`, on the meta device); `cuts.py` reads its decision. Where that can't be read,
-every rank loads the whole model and cuts it, as DeepSpeed's own users do. What was cut once is kept (`copies.py`).
+Layers go to stages (`stage.py`); within a stage, DeepSpeed's AutoTP decides the cut (`Group.shard`, on the meta device), and
+`cuts.py` reads its decision. Where that can't be read, every rank loads the whole model and cuts it, as DeepSpeed's own users do.
+What was cut once is kept (`copies.py`).
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from torch import nn
 
 from cluster.errors import ModelNotServable
 from cluster.settings import EngineSettings
-from deployments.engine import skeleton
+from deployments.engine import skeleton, stage
+from deployments.engine.census import parameters_of
 from deployments.engine.copies import Copies, Copy
 from deployments.engine.cuts import Cut, CutUnknown, learn
 from deployments.engine.group import Group
 from deployments.engine.mapped import TYPES, MappedFiles, Part
 from deployments.engine.progress import Progress
 from deployments.engine.runner import DTYPES, load_model
+from deployments.engine.stages import Place
 from deployments.engine.weights import Weights, find_weights, fingerprint
 
 log = logging.getLogger(__name__)
@@ -55,32 +58,43 @@ class _Empty:
 
     model: nn.Module
     dtype: torch.dtype
-    cuts: Mapping[str, Cut]
+    cuts: Mapping[str, Cut]  # of the parameters in this rank's stage
     apart: Mapping[str, torch.dtype]  # patterns of parameters that are kept in another type
     alike: Mapping[str, str]  # parameters that were another one before the cut, both ways
 
     @classmethod
     def of(cls, directory: Path, dtype: torch.dtype, group: Group | None) -> _Empty:
         model = skeleton.build(directory, dtype)
+        place = group.place if group else Place()
+        layers = stage.layers_of(parameters_of(model), place)
         whole = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         apart = skeleton.types_apart(model, dtype)
-        if group is None:
-            return cls(model, dtype, {name: Cut.none(shape) for name, shape in whole.items()}, apart, {})
-        try:
-            model = group.shard(model, dtype)
-        except ModelNotServable as error:
-            raise CutUnknown(error.message) from error
-        cuts = learn(model, whole, group.rank)
-        parted = {one: other for one, other in skeleton.ties(model).items() if cuts[one] != cuts[other]}
+        cuts = {name: Cut.none(shape) for name, shape in whole.items()}
+        if group and place.tp > 1:
+            try:
+                model = group.shard(model, dtype)
+            except ModelNotServable as error:
+                raise CutUnknown(error.message) from error
+            cuts = learn(model, whole, place.part)
+        ties = skeleton.ties(model)
+        parted = {one: other for one, other in ties.items() if cuts[one] != cuts[other]}
         skeleton.untie(model, parted)
-        return cls(model, dtype, cuts, apart, parted | {other: one for one, other in parted.items()})
+        stage.narrow(model, layers, place)
+        parted = {one: other for one, other in ties.items() if one not in skeleton.ties(model)}
+        kept = {name: cuts[name] for name in model.state_dict()}
+        return cls(model, dtype, kept, apart, parted | {other: one for one, other in parted.items()})
 
     def parts(self, weights: Weights, progress: Progress) -> dict[str, Part]:
         """What to read, by the stored tensor's name; by the parameter's own where that was tied to the stored one."""
         files, state = MappedFiles(weights.tensors, weights.files), self.model.state_dict()
         goes_to = skeleton.destinations(self.model, weights.tensors)
         plain = {target: name for name, (target, computed) in goes_to.items() if target in state and not computed}
-        tied = {target: plain[other] for target, other in self.alike.items() if target not in plain and other in plain}
+        stored = {target: name for name, (target, computed) in goes_to.items() if not computed}
+        tied = {
+            target: stored[other]
+            for target, other in self.alike.items()
+            if target in state and target not in plain and other in stored
+        }
         sources = {name: target for name, (target, computed) in goes_to.items() if target in state and computed}
         cut = {name for name, cut in self.cuts.items() if cut.part != cut.whole}
         if sources and (without := sorted(cut - plain.keys() - tied.keys())):
@@ -118,7 +132,12 @@ def _whole(directory: Path, dtype: str, group: Group | None, weights: Weights, p
     model = load_model(directory, dtype)
     progress.add(total)
     progress.end()
-    return group.shard(model, DTYPES[dtype]) if group else model
+    place = group.place if group else Place()
+    layers = stage.layers_of(parameters_of(model), place)
+    if group and place.tp > 1:
+        model = group.shard(model, DTYPES[dtype])
+    stage.narrow(model, layers, place)
+    return model
 
 
 def _copy(
@@ -129,7 +148,7 @@ def _copy(
     converted = any(kind.is_floating_point and kind != DTYPES[dtype] for kind in stored)
     if not settings.cut_weights_bytes or not (group or converted):
         return None
-    rank, size = (group.rank, group.size) if group else (0, 1)
+    place = group.place if group else Place()
     cuts = sorted((name, cut.whole, repr(cut.blocks)) for name, cut in empty.cuts.items())
     copies = Copies(settings.cache / "shards", settings.cut_weights_bytes)
-    return copies.of(fingerprint(directory, weights), rank=rank, size=size, dtype=dtype, cuts=cuts)
+    return copies.of(fingerprint(directory, weights), place=place, dtype=dtype, cuts=cuts)

@@ -35,30 +35,33 @@ class Generation:
 
 
 class LocalEngine:
-    """A model on `tp` ranks of this machine, held until `close`."""
+    """A model on `tp` x `pp` ranks of this machine, held until `close`."""
 
     def __init__(
         self,
         directory: str | Path,
         *,
         tp: int = 1,
+        pp: int = 1,
         dtype: str = "float32",
         settings: EngineSettings | None = None,
         blocks: int | None = None,
     ) -> None:
         settings = settings or EngineSettings()
-        info = inspect(Path(directory), tp=tp, dtype=dtype)
+        info = inspect(Path(directory), tp=tp, pp=pp, dtype=dtype)
         self._meeting: tempfile.TemporaryDirectory[str] | None = tempfile.TemporaryDirectory(prefix="mmaas-")
         spec = ShardSpec(
             directory=Path(directory),
             model=info,
             num_blocks=blocks or num_blocks(info, settings),
-            threads=settings.threads or max(1, (os.cpu_count() or 1) // tp),
+            threads=settings.threads or max(1, (os.cpu_count() or 1) // (tp * pp)),
             settings=settings,
-            rendezvous=Rendezvous(f"file://{self._meeting.name}/{Path(self._meeting.name).name}", 0, tp, settings.start_deadline_s),
+            rendezvous=Rendezvous(
+                f"file://{self._meeting.name}/{Path(self._meeting.name).name}", 0, tp * pp, settings.start_deadline_s, pp
+            ),
         )
         spawn = multiprocessing.get_context("spawn")
-        self._followers = [spawn.Process(target=follow, args=(spec.for_rank(rank),), daemon=True) for rank in range(1, tp)]
+        self._followers = [spawn.Process(target=follow, args=(spec.for_rank(rank),), daemon=True) for rank in range(1, tp * pp)]
         for follower in self._followers:
             follower.start()
         self._lead(spec)
@@ -73,7 +76,14 @@ class LocalEngine:
 
     def _lead(self, spec: ShardSpec) -> None:
         self.shard = Shard(spec)
-        self.engine = Engine.of(self.shard.execute, spec.num_blocks, spec.settings, self.shard.choose)
+        self.engine = Engine.of(
+            self.shard.execute,
+            spec.num_blocks,
+            spec.settings,
+            choose=self.shard.choose,
+            launch=self.shard.launch,
+            depth=self.shard.depth,
+        )
         self.info = spec.model
 
     def generate(
@@ -97,6 +107,7 @@ class LocalEngine:
 
     def close(self) -> None:
         """End the other ranks."""
+        self.engine.drain()
         self.shard.stop()
         for follower in self._followers:
             follower.join(10)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deployments.engine.stages import Place
+
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
@@ -13,7 +15,18 @@ class Rendezvous:
     rank: int
     size: int
     timeout_s: float
+    pp: int = 1  # stages that the ranks form, of `size / pp` each
+    host: str = ""  # this rank's own address, for groups over several nodes; empty: whatever its host's name means
+
+    @property
+    def place(self) -> Place:
+        return Place(self.rank, self.size // self.pp, self.pp)
 
     @property
     def one_node(self) -> bool:
         return self.address.startswith("file:")
+
+    @property
+    def stage_on_one_node(self) -> bool:
+        """Whether the ranks of a stage share a node: always where there are several stages, as whoever places them makes sure."""
+        return self.one_node or self.pp > 1

@@ -12,6 +12,8 @@ from cluster.errors import ModelNotServable
 from deployments.engine import attention
 from deployments.engine.attention import KvCache, Paged, batch_positions
 from deployments.engine.batch import Batch
+from deployments.engine.handover import Handover
+from deployments.engine.stage import entrance_of, exit_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,15 +48,22 @@ def load_model(directory: Path, dtype: str) -> nn.Module:
 
 
 class Runner:
-    """Owns the model and its KV cache."""
+    """Owns the model and its KV cache. `handover` is there where the model is one stage of several."""
 
-    def __init__(self, model: nn.Module, cache: KvCache) -> None:
+    def __init__(self, model: nn.Module, cache: KvCache, handover: Handover | None = None) -> None:
         self.model = model
         self.cache = cache
+        self.handover = handover
+        self._entrance, self._exit = entrance_of(model), exit_of(model)
+        self._width = model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
-        """`R x V` logits, one row for each of `batch.sampled`."""
+        """`R x V` logits, one row for each of `batch.sampled`; in a stage before the last, `R x H` of its hidden states."""
+        if self._entrance:
+            assert self.handover, "a stage needs somebody to get hidden states from"
+            hidden = self.handover.take(len(batch.tokens), self._width, self.model.dtype)  # type: ignore[arg-type]
+            self._entrance.stream = hidden[None]
         output = self.model(
             input_ids=torch.from_numpy(batch.tokens.astype(np.int64))[None],
             position_ids=torch.from_numpy(batch_positions(batch))[None],
@@ -62,6 +71,12 @@ class Runner:
             logits_to_keep=torch.from_numpy(batch.rows),
             paged=Paged.of(batch, self.cache),
         )
+        if self._exit:
+            assert self.handover, "a stage needs somebody to give hidden states to"
+            assert self._exit.stream is not None, "the model left a layer out"
+            hidden = self._exit.stream[0]
+            self.handover.give(hidden)
+            return hidden[torch.from_numpy(batch.rows)]
         return output.logits[0]  # type: ignore[no-any-return]
 
     def check(self) -> None:

@@ -61,12 +61,16 @@ class Slice:
 class Scheduler:
     """Owns the queues and, through the pool, the blocks."""
 
-    def __init__(self, pool: BlockPool, *, max_sequences: int, max_batch_tokens: int, prefix_cache: bool = True) -> None:
+    def __init__(
+        self, pool: BlockPool, *, max_sequences: int, max_batch_tokens: int, prefix_cache: bool = True, depth: int = 1
+    ) -> None:
         self.pool = pool
         self.max_sequences = min(max_sequences, max_batch_tokens)  # a decoder must never lack a place in the budget
         self.max_batch_tokens = max_batch_tokens
         self.budget = max_batch_tokens  # tokens of the next step; never less than the running sequences need
         self.prefix_cache = prefix_cache
+        self.depth = depth  # steps that may be under way at once, each with other sequences
+        self.under_way: set[Sequence] = set()
         self.waiting = Flows()
         self.running: dict[Sequence, Flow] = {}  # by the time that they have run
         self.num_preemptions = 0
@@ -78,8 +82,9 @@ class Scheduler:
 
     @property
     def num_decoders(self) -> int:
-        """Running sequences that take one token a step."""
-        return sum(sequence.num_pending == 1 for sequence in self.running)
+        """Running sequences that take one token of the next step."""
+        idle = sum(sequence.num_pending == 1 and sequence not in self.under_way for sequence in self.running)
+        return min(idle, self._places)
 
     @property
     def num_newcomers(self) -> int:
@@ -98,16 +103,27 @@ class Scheduler:
 
     def schedule(self) -> list[Slice]:
         """The next step: decoders first, shortest first (the order that attention groups them in). Empty only when there is nothing
-        to do."""
-        preemptions = self.num_preemptions
+        to do, or nothing that isn't under way."""
+        preemptions, places = self.num_preemptions, self._places
         counts: dict[Sequence, int] = {}  # tokens of this step
         for sequence in tuple(self.running):
-            if sequence in self.running and self._make_room(sequence, counts):
+            if len(counts) == places:
+                break
+            if sequence in self.running and sequence not in self.under_way and self._make_room(sequence, counts):
                 counts[sequence] = 1
         if self.num_preemptions == preemptions:
             self._admit(counts)
         self._share(counts)
         return _in_order([Slice(sequence, sequence.num_computed, count) for sequence, count in counts.items()])
+
+    @property
+    def _places(self) -> int:
+        """Running sequences that one step takes: all of them divided among the steps that may be under way."""
+        return -(-len(self.running) // self.depth)
+
+    def launch(self, slices: Iterable[Slice]) -> None:
+        """The step was begun: until it is committed, its sequences are in no other and can't be preempted."""
+        self.under_way.update(item.sequence for item in slices)
 
     def extend(self, slices: Items[Slice], drafts: Items[Items[int]]) -> Items[Slice]:
         """Let the slices that sample try these guesses too, as far as budget and blocks are left over: nobody waits or is preempted
@@ -128,6 +144,7 @@ class Scheduler:
         """The step was computed: its tokens are in the cache now, and full blocks may be shared."""
         for item in slices:
             sequence = item.sequence
+            self.under_way.discard(sequence)
             if sequence.blocks:  # not aborted meanwhile
                 sequence.num_computed += item.count
                 self._charge(sequence)
@@ -245,10 +262,13 @@ class Scheduler:
         return self.pool.blocks_for(sequence.num_computed + count) - len(sequence.blocks)
 
     def _make_room(self, sequence: Sequence, counts: dict[Sequence, int]) -> bool:
-        """Grow a running sequence by a token, preempting others as often as needed; False when it was itself preempted."""
+        """Grow a running sequence by a token, preempting others as often as needed; False when it was itself preempted, or waits
+        for a step under way whose sequences might go instead."""
         missing = self._blocks_missing(sequence, 1)
         while missing > self.pool.num_available:
-            victim = self._victims()[0]
+            victim = next(iter(self._victims()), sequence)
+            if victim is sequence and self.under_way:
+                return False
             self._preempt(victim, counts)
             if victim is sequence:
                 return False
@@ -284,8 +304,8 @@ class Scheduler:
         return True
 
     def _victims(self) -> list[Sequence]:
-        """Who may be preempted, in this order: everybody but the one that has run longest."""
-        candidates = list(self.running)[1:]
+        """Who may be preempted, in this order: everybody but the one that has run longest, and those in a step under way."""
+        candidates = [sequence for sequence in list(self.running)[1:] if sequence not in self.under_way]
         return sorted(candidates, key=lambda sequence: self.waiting.claim(sequence, self.running[sequence]), reverse=True)
 
     def _preempt(self, victim: Sequence, counts: dict[Sequence, int]) -> None:

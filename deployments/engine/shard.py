@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.group import Group
+    from deployments.engine.handover import Handover
     from deployments.engine.native.decoder import Decoder
     from deployments.engine.native.proof import Ranks
     from deployments.engine.runner import Runner
@@ -70,8 +71,10 @@ class Shard:
         self.spec = spec
         self.progress = progress or Progress()
         self.group = self._join()
+        self.handover = self._handed()
         self.runner = self._runner()
         self.choose = self._choose() if spec.rendezvous.rank == 0 else None
+        self._launched = 0
 
     def _join(self) -> Group | None:
         if self.spec.rendezvous.size == 1:
@@ -80,6 +83,13 @@ class Shard:
 
         settings = self.spec.settings
         return Group(self.spec.rendezvous, native=settings.cache if settings.shared_memory else None)
+
+    def _handed(self) -> Handover | None:
+        if self.depth == 1:
+            return None
+        from deployments.engine.handover import Handover
+
+        return Handover(self.spec.rendezvous.place)
 
     def _runner(self) -> Runner | Decoder:
         """Through the compiled decoder where that can be, else through torch."""
@@ -121,7 +131,9 @@ class Shard:
         from deployments.engine.native.proof import Ranks
 
         group = self.group
-        return Ranks(group.rank, group.all_agree, group.meeting or group.all_reduce) if group else Ranks()
+        if not group:
+            return Ranks()
+        return Ranks(group.place.part, group.all_agree, (group.meeting or group.all_reduce) if group.place.tp > 1 else None)
 
     def _loaded(self) -> Runner:
         """The model in transformers' own code, cut to this rank's part."""
@@ -131,11 +143,24 @@ class Shard:
 
         spec = self.spec
         model = load(spec.directory, spec.model.dtype, self.group, spec.settings, self.progress)
-        return Runner(model, KvCache(spec.num_blocks, spec.settings.block_size))
+        return Runner(model, KvCache(spec.num_blocks, spec.settings.block_size), self.handover)
+
+    @property
+    def depth(self) -> int:
+        """Steps that may be under way at once: each stage works on another."""
+        return self.spec.rendezvous.pp
+
+    def launch(self, batch: Batch) -> None:
+        """Leader: let the stages before this one begin with a step, which `execute` will finish; in the order of the launches."""
+        if self.group and self.depth > 1:
+            self.group.send(batch.pack())
+            self._launched += 1
 
     def execute(self, batch: Batch) -> Tensor:
         """Leader: run a step on every rank."""
-        if self.group:
+        if self._launched:
+            self._launched -= 1
+        elif self.group:
             self.group.send(batch.pack())
         return self.runner.run(batch)
 
@@ -151,6 +176,7 @@ class Shard:
 
     def command(self, order: Order) -> None:
         """Leader: have every rank obey, between two steps. Raises PlatformError when a rank could not; the group goes on."""
+        assert not self._launched, "steps are under way: Engine.drain comes first"
         if self.group:
             self.group.order(order)
         if error := self._together(order):

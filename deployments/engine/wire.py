@@ -1,14 +1,21 @@
 """How ranks find each other, and what they talk through: memory that they share where all of them can, else sockets.
 
 They join one `torch.distributed` group over gloo per process. On one node they meet through a file, so no port is opened for it;
-over several nodes through the leader's TCP store.
+over several nodes through the leader's TCP store. With several stages, the ranks of a stage sum among themselves, and what goes
+from rank 0 to all goes point to point: ranks of other stages are at other steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import logging
 import os
+import socket
+import struct
+from collections import deque
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,10 +25,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deployments.engine.native import build
-from deployments.engine.native.meeting import Meeting, Place
+from deployments.engine.native.meeting import Meeting
+from deployments.engine.native.meeting import Place as Segment
 from deployments.engine.rendezvous import Rendezvous
+from deployments.engine.stages import Place
 
 log = logging.getLogger(__name__)
+
+_SIOCGIFADDR = 0x8915
+"""Of <linux/sockios.h>."""
 
 
 class Wire(Protocol):
@@ -35,16 +47,49 @@ class Wire(Protocol):
 
 
 class Gloo:
-    """Sockets, between any machines."""
+    """Sockets, between any machines. `group` None: all ranks."""
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
 
     def broadcast(self, tensor: Tensor) -> None:
-        dist.broadcast(tensor, 0)
+        dist.broadcast(tensor, group_src=0, group=self._group)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor, group=self._group)
+
+
+class Line:
+    """Sockets, between ranks that are at different steps: rank 0 doesn't wait for those who still compute an earlier one."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._sending: deque[tuple[Tensor, list[Any]]] = deque()
+        self._most = 2 * (place.pp + 1)  # messages that may be under way: two a step, and one step more than there are stages
+
+    def broadcast(self, tensor: Tensor) -> None:
+        if self._place.rank:
+            dist.recv(tensor, 0)
+            return
+        copy = tensor.clone()
+        self._sending.append((copy, [dist.isend(copy, rank) for rank in range(1, self._place.tp * self._place.pp)]))
+        if len(self._sending) > self._most:
+            for work in self._sending.popleft()[1]:
+                work.wait()
 
     def all_reduce(self, tensor: Tensor) -> None:
         dist.all_reduce(tensor)
 
 
-def join(rendezvous: Rendezvous, native: Path | None) -> Wire:
+@dataclass(frozen=True)
+class Wires:
+    """What a rank talks through: to all others, and to those of its stage, which sum their parts."""
+
+    all: Wire
+    stage: Wire
+
+
+def join(rendezvous: Rendezvous, native: Path | None) -> Wires:
     """Once per process. `native` is where compiled parts are kept or built, for shared memory; None: sockets."""
     _set_environment(rendezvous)
     import deepspeed.comm
@@ -58,25 +103,39 @@ def join(rendezvous: Rendezvous, native: Path | None) -> Wire:
     )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # ours does the same, and sleeps while it waits
     deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    meeting = _meet(rendezvous, native)
+    place = rendezvous.place
+    stage = _stage_group(place)
+    meeting = _meet(rendezvous, native, stage) if place.tp > 1 else None
     dist.barrier()
-    if not meeting:
-        return Gloo()
-    _reduce_through(meeting)
-    return meeting
+    if meeting:
+        _reduce_through(meeting)
+    among = meeting or Gloo(stage)
+    return Wires(Line(place) if place.pp > 1 else among, among)
 
 
-def _meet(rendezvous: Rendezvous, native: Path | None) -> Meeting | None:
-    """Shared memory, if every rank can have it: one that reduces another way would hang the rest."""
+def _stage_group(place: Place) -> Any:
+    """The process group of this rank's stage, None where all ranks are one stage. DeepSpeed has one group for a process, made of
+    the world's first ranks when it is first asked to cut; it takes one that is there already."""
+    if place.pp == 1:
+        return None
+    from deepspeed.inference.engine import InferenceEngine
+
+    groups = [dist.new_group(list(Place(first, place.tp, place.pp).peers)) for first in range(0, place.tp * place.pp, place.tp)]
+    InferenceEngine.inference_mp_group = groups[place.rank // place.tp]
+    return InferenceEngine.inference_mp_group
+
+
+def _meet(rendezvous: Rendezvous, native: Path | None, stage: Any) -> Meeting | None:
+    """Shared memory, if every rank of the stage can have it: one that reduces another way would hang the rest."""
     meeting = None
-    library = _library(native) if rendezvous.one_node else None
-    place = _place(library, rendezvous)
-    if library and place:
+    library = _library(native) if rendezvous.stage_on_one_node else None
+    segment = _segment(library, rendezvous.place, stage)
+    if library and segment:
         try:
-            meeting = Meeting(library, place, rendezvous.rank, rendezvous.size, rendezvous.timeout_s)
+            meeting = Meeting(library, segment, rendezvous.place.part, rendezvous.place.tp, rendezvous.timeout_s)
         except OSError as error:
             log.warning("ranks talk over gloo: this one can't map the leader's memory", extra={"reason": str(error)})
-    if all_agree(meeting is not None):
+    if all_agree(meeting is not None, stage):
         return meeting
     if meeting:
         meeting.leave()
@@ -93,16 +152,16 @@ def _library(native: Path | None) -> ctypes.CDLL | None:
         return None
 
 
-def _place(library: ctypes.CDLL | None, rendezvous: Rendezvous) -> Place | None:
-    """The leader makes it and tells the others; None if it could not."""
+def _segment(library: ctypes.CDLL | None, place: Place, stage: Any) -> Segment | None:
+    """The stage's first rank makes it and tells the others; None if it could not."""
     numbers = torch.zeros(4, dtype=torch.int64)
-    if library and rendezvous.rank == 0:
+    if library and place.part == 0:
         try:
-            numbers = torch.tensor(Place.create(library, rendezvous.size).numbers())
+            numbers = torch.tensor(Segment.create(library, place.tp).numbers())
         except OSError as error:
             log.warning("ranks talk over gloo: there is no memory to share", extra={"reason": str(error)})
-    dist.broadcast(numbers, 0)
-    return Place(*numbers.tolist()) if numbers.any() else None
+    dist.broadcast(numbers, group_src=0, group=stage)
+    return Segment(*numbers.tolist()) if numbers.any() else None
 
 
 def _reduce_through(meeting: Meeting) -> None:
@@ -117,10 +176,10 @@ def _reduce_through(meeting: Meeting) -> None:
     deepspeed.comm.comm.cdb.inference_all_reduce = all_reduce
 
 
-def all_agree(mine: bool) -> bool:
-    """Whether every rank says yes."""
+def all_agree(mine: bool, group: Any = None) -> bool:
+    """Whether every rank says yes; of a group, where one is given."""
     votes = torch.tensor([int(mine)])
-    dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+    dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=group)
     return bool(votes)
 
 
@@ -136,5 +195,19 @@ def _set_environment(rendezvous: Rendezvous) -> None:
         "MASTER_PORT": name.partition(":")[2] or "0",
         "DS_ACCELERATOR": "cpu",
     }
-    if rendezvous.one_node:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if interface := "lo" if rendezvous.one_node else interface_of(rendezvous.host):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def interface_of(host: str) -> str | None:
+    """The network interface with this IPv4 address, so that gloo listens where other nodes know this one; None if none has it."""
+    try:
+        wanted = socket.inet_aton(host)
+    except OSError:
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                if fcntl.ioctl(asking.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24] == wanted:
+                    return name
+    return None

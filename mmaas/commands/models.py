@@ -16,7 +16,8 @@ def add_to(app: typer.Typer) -> None:
 def deploy(
     name: Annotated[str, typer.Argument(help="Name that callers put into `model`.")],
     model: Annotated[str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION or a directory.")],
-    tp: Annotated[int, typer.Option(min=1, help="Shards that hold one copy of the model.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="Shards that hold one copy of the model, or of one of its stages.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Stages that the model's layers are cut into.")] = 1,
     replicas: Annotated[str, typer.Option(help="Number of copies, or A..B to scale between.")] = "1",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Context window; None: the model's own.")] = None,
@@ -29,7 +30,7 @@ def deploy(
 
     loaded = settings.load()
     least, most = parse_replicas(replicas)
-    wanted = Deployment(name, located(model), tp, dtype, least, most, max_model_len)
+    wanted = Deployment(name, located(model), tp, dtype, least, most, max_model_len, pp=pp)
     Platform().admit(loaded, wanted)
     with opened_store(loaded) as store:
         Desired(store).put(wanted)

@@ -162,10 +162,6 @@ def _remarks(census: Census, plan: Plan) -> list[str]:
         remarks.append(f"not tensor {', '.join(str(tp) for tp, text in plan.refused.items() if text == why)}: {why}")
     if census.expert_parameters and any(layout.tp > 1 for layout in plan.fits):
         remarks.append("AutoTP leaves experts whole on every rank: more tensor ranks save little, pipeline stages do")
-    if plan.fits and plan.fits[0].pp > 1:
-        served = next((layout for layout in plan.fits if layout.pp == 1), None)
-        instead = f"tensor {served.tp} on {served.nodes} nodes is" if served else "nothing else here is either"
-        remarks.append(f"pipeline stages are planned for, but not served by this version; {instead}")
     return remarks
 
 

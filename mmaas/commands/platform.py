@@ -20,7 +20,8 @@ def add_to(app: typer.Typer) -> None:
 def up(
     model: Annotated[str | None, typer.Option(help="Directory or Hugging Face id of a causal language model.")] = None,
     name: Annotated[str | None, typer.Option(help="Name to serve --model under; its last path part by default.")] = None,
-    tp: Annotated[int | None, typer.Option(min=1, help="Shards that hold one copy of the model.")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Shards that hold one copy of the model, or of one of its stages.")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, help="Stages that the model's layers are cut into.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
 ) -> None:
     """Start the platform; train the demonstration model if there is nothing to serve. Running it again repairs what is missing."""
@@ -30,7 +31,7 @@ def up(
 
     loaded = settings.load()
     log.configure("WARNING")
-    story.up(loaded, story.Asked(model, name, tp, dtype), console())
+    story.up(loaded, story.Asked(model, name, tp, dtype, pp), console())
 
 
 def down() -> None:

@@ -77,7 +77,9 @@ struct Step {
     int64_t num_sequences;
     int64_t num_rows;
     int64_t width;
-    float* logits;  // R x vocabulary
+    float* logits;            // R x vocabulary; null in a stage before the last
+    const float* stream_in;   // T x hidden, from the stage before; null: embeddings
+    float* stream_out;        // T x hidden, for the next stage; null in the last
 };
 
 enum Phase : int { EMBED, NORM, LINEAR, ROTARY, ATTENTION, REDUCE, LOGITS, NUM_PHASES };
@@ -195,24 +197,28 @@ class Decoder : public AnyDecoder {
         meet(rank, EMBED);
         for (int64_t index = 0; index < m_.num_layers; ++index) {
             const Layer& layer = layers_[size_t(index)];
-            const float* next = index + 1 < m_.num_layers ? layers_[size_t(index + 1)].input_norm : nullptr;
+            const bool is_last = index + 1 == m_.num_layers, narrows = is_last && !step.stream_out;
             project(layer.attention_in, step.num_tokens, rank);
             meet(rank, LINEAR);
             place(layer, step, rank);
             team_.reset_pieces();
             meet(rank, ROTARY);
-            if (!next && step.num_rows == 0) return;
-            if (!next && rank == 0) keep_wanted(step);
-            attention(layer, next ? tiles_ : wanted_tiles_, step, rank);
+            if (narrows && step.num_rows == 0) return;
+            if (narrows && rank == 0) keep_wanted(step);
+            attention(layer, narrows ? wanted_tiles_ : tiles_, step, rank);
             meet(rank, ATTENTION);
-            const int64_t rows = next ? step.num_tokens : step.num_rows;
-            finish(layer.attention_out, mixed_.data(), layer.attention_norm, layer.mlp_input_norm, rows, rank);
-            gate(layer.mlp_in, rows, rank);
+            const int64_t count = narrows ? step.num_rows : step.num_tokens;
+            finish(layer.attention_out, mixed_.data(), layer.attention_norm, layer.mlp_input_norm, count, rank);
+            gate(layer.mlp_in, count, rank);
             meet(rank, LINEAR);
-            finish(layer.mlp_out, gated_.data(), layer.mlp_norm, next ? next : m_.final_norm, rows, rank);
+            const float* after = is_last ? (narrows ? m_.final_norm : nullptr) : layers_[size_t(index + 1)].input_norm;
+            finish(layer.mlp_out, gated_.data(), layer.mlp_norm, after, count, rank);
             if (failure_) return;
         }
-        logits(step, rank);
+        if (step.stream_out)
+            leave(step, rows);
+        else
+            logits(step, rank);
     }
 
     // The last layer's keys and values are of every token; what comes after them only serves the rows whose logits are wanted.
@@ -238,10 +244,17 @@ class Decoder : public AnyDecoder {
     Range panels(const Matrix& matrix, int rank) const { return Range::part(matrix.num_panels, rank, team_.size()); }
 
     void embed(const Step& step, Range rows) {
+        const int64_t first = rows.first * m_.hidden, last = rows.last * m_.hidden;
+        if (step.stream_in) return void(std::copy(step.stream_in + first, step.stream_in + last, &stream_[size_t(first)]));
         const auto* table = static_cast<const Value*>(m_.embeddings);
         for (int64_t row = rows.first; row < rows.last; ++row)
             for (int64_t i = 0; i < m_.hidden; i += LANES)
                 store(&stream_[row * m_.hidden + i], E::widen(table + step.tokens[row] * m_.hidden + i) * m_.embedding_scale);
+    }
+
+    void leave(const Step& step, Range rows) {
+        const int64_t first = rows.first * m_.hidden;
+        std::copy_n(&stream_[size_t(first)], (rows.last - rows.first) * m_.hidden, step.stream_out + first);
     }
 
     void norm(const float* weight, Range rows) {
@@ -339,7 +352,7 @@ class Decoder : public AnyDecoder {
         if (shared()) sum_over_ranks(part_.data(), num_rows * m_.hidden, rank);
         const Range rows = Range::part(num_rows, rank, team_.size());
         if (!direct) add(own_norm, rows);
-        norm(next_norm, rows);
+        if (next_norm) norm(next_norm, rows);
         meet(rank, NORM);
     }
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deployments.engine.batch import Batch
+from deployments.engine.handover import Handover
 from deployments.engine.native import packing
 from deployments.engine.native.build import library
 from deployments.engine.native.description import Description, LayerDescription
@@ -66,12 +67,13 @@ class _Step(ctypes.Structure):
     _fields_ = [
         *[(name, _Pointer) for name in ("tokens", "starts", "counts", "tables", "rows")],
         *[(name, _Int) for name in ("num_tokens", "num_sequences", "num_rows", "width")],
-        ("logits", _Pointer),
+        *[(name, _Pointer) for name in ("logits", "stream_in", "stream_out")],
     ]
 
 
 class Decoder:
-    """Owns packed weights, pages and the threads that work on them. `wire` is None for a rank that is alone."""
+    """Owns packed weights, pages and the threads that work on them. `wire` is None for a rank that is alone in its stage,
+    `handover` for one whose stage is alone."""
 
     def __init__(
         self,
@@ -83,9 +85,10 @@ class Decoder:
         cache: Path,
         rank: int = 0,
         wire: Meeting | AllReduce | None = None,
+        handover: Handover | None = None,
     ) -> None:
         self._library = _declared(library(cache))
-        self._model, self._rank, self._threads = model, rank, threads
+        self._model, self._rank, self._threads, self._handover = model, rank, threads, handover
         self._meeting = wire if isinstance(wire, Meeting) else None
         self._all_reduce = None if isinstance(wire, Meeting) else wire
         self._failure: BaseException | None = None
@@ -97,21 +100,31 @@ class Decoder:
         self._layers = (_Layer * len(model.layers))(*[self._layer(*pair) for pair in zip(model.layers, self._pages, strict=True)])
         self._reduce = _Reduce(self._on_reduce) if self._all_reduce else _Reduce()
         described = self._described(block_size, threads)
-        if model.head.weight is not model.embeddings:
+        if model.head is not None and model.head.weight is not model.embeddings:
             _free(model.head)
         self._handle = self._library.mmaas_decoder_new(ctypes.byref(described))
 
     def run(self, batch: Batch) -> Tensor:
-        """`R x V` float32 logits, one row for each of `batch.rows`."""
+        """`R x V` float32 logits, one row for each of `batch.rows`; in a stage before the last, `R x H` of its hidden states."""
         tokens, starts, counts, tables = (
             np.ascontiguousarray(a, np.int32) for a in (batch.tokens, batch.starts, batch.counts, batch.tables)
         )
         rows = np.ascontiguousarray(batch.rows, np.int64)
-        logits = torch.empty(len(rows), self._model.vocabulary)
         arrays = [array.ctypes.data for array in (tokens, starts, counts, tables, rows)]
-        step = _Step(*arrays, len(tokens), len(starts), len(rows), tables.shape[1], logits.data_ptr())
+        step = _Step(*arrays, len(tokens), len(starts), len(rows), tables.shape[1])
+        width, is_first, is_last = self._model.hidden, self._model.embeddings is not None, self._model.head is not None
+        if not is_first:
+            assert self._handover, "a stage needs somebody to get hidden states from"
+            entered = self._handover.take(len(tokens), width, torch.float32)
+            step.stream_in = entered.data_ptr()
+        out = torch.empty(len(rows), self._model.vocabulary) if is_last else torch.empty(len(tokens), width)
+        setattr(step, "logits" if is_last else "stream_out", out.data_ptr())
         self._check(self._library.mmaas_decoder_run(self._handle, ctypes.byref(step)))
-        return logits
+        if is_last:
+            return out
+        assert self._handover, "a stage needs somebody to give hidden states to"
+        self._handover.give(out)
+        return out[torch.from_numpy(rows)]
 
     def profile(self) -> dict[str, float]:
         """Seconds in each kind of work so far."""
@@ -131,7 +144,8 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int:
-        return self._arena.num_bytes + self._model.embeddings.nbytes
+        embeddings = self._model.embeddings
+        return self._arena.num_bytes + (0 if embeddings is None else embeddings.nbytes)
 
     def _check(self, result: int) -> None:
         if result == OUT_OF_MEMORY:
@@ -187,8 +201,8 @@ class Decoder:
             self._layers,
             *[len(m.layers), m.hidden, m.heads, m.kv_heads, m.head_size, m.rotary_size, m.max_positions],
             *[m.vocabulary, block_size, m.activation, m.dtype is torch.float32],
-            *[self._address(tensor.contiguous()) for tensor in (m.embeddings, m.cosines, m.sines, m.final_norm)],
-            self._summed(m.head),
+            *[self._address(None if x is None else x.contiguous()) for x in (m.embeddings, m.cosines, m.sines, m.final_norm)],
+            CMatrix() if m.head is None else self._summed(m.head),
             m.head_offset,
             *[m.eps, m.embedding_scale, m.residual_scale, m.logit_scale, m.logit_softcap],
             threads,
@@ -233,7 +247,7 @@ def _total_bytes(m: Description) -> int:
     def of(weight: Any) -> int:
         return packed_bytes(weight.shape[0], weight.shape[1], itemsize)
 
-    total = of(m.head.weight)
+    total = 0 if m.head is None else of(m.head.weight)
     for layer in m.layers:
         attention_out, _ = layer.outputs
         inner = -(-layer.gate_up[0].shape[0] // (PANEL // 2)) * (PANEL // 2)

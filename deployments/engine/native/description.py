@@ -76,7 +76,7 @@ class LayerDescription:
 
 @dataclass
 class Description:
-    """A model in the decoder's terms. Sizes are this rank's."""
+    """A model, or one stage of it, in the decoder's terms. Sizes are this rank's."""
 
     layers: list[LayerDescription]
     dtype: torch.dtype
@@ -93,10 +93,10 @@ class Description:
     residual_scale: float
     logit_scale: float
     logit_softcap: float
-    embeddings: Tensor
+    embeddings: Tensor | None  # in the first stage
     cosines: Tensor
     sines: Tensor
-    final_norm: Tensor
+    final_norm: Tensor | None  # in the last, as is the head
     head: Any
     head_offset: int
 
@@ -118,33 +118,33 @@ def describe(model: nn.Module, calls: dict[int, AttentionCall], rank: int, max_p
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     family, activation = recognise(config)
     body: Any = model.model
-    layers = [_layer(layer, calls[index], family) for index, layer in enumerate(body.layers)]
-    call = calls[0]
+    layers = [_layer(body.layers[index], calls[index], family) for index in sorted(calls)]
+    call = layers[0].call
     cosines, sines = _rotary(body.rotary_emb, max_positions)
-    head: Any = model.lm_head
-    embeddings = body.embed_tokens.weight
+    head: Any = model.lm_head if hasattr(model.lm_head, "weight") else None
+    embeddings = getattr(body.embed_tokens, "weight", None)
     found = Description(
         layers=layers,
-        dtype=embeddings.dtype,
+        dtype=(dtype := next(model.parameters()).dtype),
         hidden=config.hidden_size,
         heads=call.heads,
         kv_heads=call.kv_heads,
         head_size=call.head_size,
         rotary_size=2 * cosines.shape[1],
         max_positions=max_positions,
-        vocabulary=head.weight.shape[0],
+        vocabulary=config.vocab_size if head is None else head.weight.shape[0],
         activation=activation,
         eps=config.rms_norm_eps,
-        embedding_scale=_embedding_scale(config, family, embeddings.dtype),
+        embedding_scale=_embedding_scale(config, family, dtype),
         residual_scale=getattr(config, "residual_multiplier", 1.0),
         logit_scale=1.0 / getattr(config, "logits_scaling", 1.0),
         logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
         embeddings=embeddings,
         cosines=cosines,
         sines=sines,
-        final_norm=_norm(body.norm, family),
+        final_norm=None if head is None else _norm(body.norm, family),
         head=head,
-        head_offset=_head_offset(head, rank, config.hidden_size),
+        head_offset=0 if head is None else _head_offset(head, rank, config.hidden_size),
     )
     _require_shapes(found)
     return found
@@ -200,7 +200,7 @@ def _require_shapes(found: Description) -> None:
         "head size": found.head_size % 32,
         "rotary size": found.rotary_size % 32,
         "hidden size": found.hidden % 16,
-        "part of the head": found.head.weight.shape[1] % 16 + found.head_offset % 2,
+        "part of the head": 0 if found.head is None else found.head.weight.shape[1] % 16 + found.head_offset % 2,
         "heads over key/value heads": found.heads % found.kv_heads,
     }
     if wrong := [name for name, rest in odd.items() if rest]:

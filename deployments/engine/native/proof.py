@@ -65,6 +65,7 @@ def decoder_of(runner: Runner, *, num_blocks: int, max_positions: int, threads: 
         cache=cache,
         rank=ranks.rank,
         wire=ranks.wire,
+        handover=runner.handover,
     )
     difference = max(_difference(decoder.run(probe), logits) for probe, logits in zip(probes, expected, strict=True))
     if not ranks.all_agree(difference < tolerance):

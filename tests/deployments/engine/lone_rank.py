@@ -27,12 +27,12 @@ def join(rank: int, size: int) -> Any:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from deployments.engine.group import Group
-    from deployments.engine.wire import Gloo
+    from deployments.engine.wire import Gloo, Wires
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed("fake", auto_mpi_discovery=False, verbose=False)
-    Group.wire = Gloo()
+    Group.wires = Wires(Gloo(), Gloo())
     return Group(Rendezvous("file:///nowhere", rank, size, 60), native=None)
 
 

@@ -1,4 +1,4 @@
-"""Two real ranks in two processes, one model after the other."""
+"""Real ranks in processes of their own, one model after the other."""
 
 from __future__ import annotations
 
@@ -27,38 +27,51 @@ class Report:
     accepted: int  # guesses in it
     preemptions: int
     weight_bytes: int  # on the leader
+    waited_s: float = 0.0  # of the leader, for the stage before it
 
 
 def run_on_two_ranks(
     directories: dict[str, Path], prompts: list[list[int]], settings: EngineSettings, *, num_blocks: int
 ) -> dict[str, Report]:
-    """Greedy answers of 12 tokens from every model."""
+    return run_on_ranks(directories, prompts, settings, num_blocks=num_blocks, tp=2)
+
+
+def run_on_ranks(
+    directories: dict[str, Path],
+    prompts: list[list[int]],
+    settings: EngineSettings | dict[str, EngineSettings],
+    *,
+    num_blocks: int | dict[str, int],
+    tp: int = 1,
+    pp: int = 1,
+) -> dict[str, Report]:
+    """Greedy answers of 12 tokens from every model; settings and blocks are for all, or for each."""
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as meeting:
         specs = {
             family: ShardSpec(
                 directory=directory,
-                model=inspect(directory, tp=2, dtype="float32"),
-                num_blocks=num_blocks,
+                model=inspect(directory, tp=tp, pp=pp, dtype="float32"),
+                num_blocks=num_blocks if isinstance(num_blocks, int) else num_blocks[family],
                 threads=1,
-                settings=settings,
-                rendezvous=Rendezvous(f"file://{meeting}/{Path(meeting).name}", 0, 2, 60),
+                settings=settings if isinstance(settings, EngineSettings) else settings[family],
+                rendezvous=Rendezvous(f"file://{meeting}/{Path(meeting).name}", 0, tp * pp, 60, pp),
             )
             for family, directory in directories.items()
         }
         reports: Queue[dict[str, Report]] = spawn.Queue()
         leader = spawn.Process(target=_lead, args=(specs, prompts, reports), daemon=True)
-        follower = spawn.Process(target=_follow, args=(specs,), daemon=True)
-        leader.start()
-        follower.start()
+        ranks = [leader, *[spawn.Process(target=_follow, args=(specs, rank), daemon=True) for rank in range(1, tp * pp)]]
+        for process in ranks:
+            process.start()
         try:
             result = reports.get(timeout=240)
-            leader.join(20)
-            follower.join(20)
-            assert (leader.exitcode, follower.exitcode) == (0, 0), "a rank didn't end by itself"
+            for process in ranks:
+                process.join(20)
+            assert [process.exitcode for process in ranks] == [0] * len(ranks), "a rank didn't end by itself"
         finally:
-            leader.kill()
-            follower.kill()
+            for process in ranks:
+                process.kill()
     return result
 
 
@@ -77,11 +90,12 @@ def _lead(specs: dict[str, ShardSpec], prompts: list[list[int]], reports: Queue[
             engine.engine.stats().accepted_tokens,
             preemptions,
             engine.shard.runner.weight_bytes,
+            engine.shard.handover.waited_s if engine.shard.handover else 0.0,
         )
         engine.close()
     reports.put(result)
 
 
-def _follow(specs: dict[str, ShardSpec]) -> None:
+def _follow(specs: dict[str, ShardSpec], rank: int) -> None:
     for spec in specs.values():
-        follow(spec.for_rank(1))
+        follow(spec.for_rank(rank))

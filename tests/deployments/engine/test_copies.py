@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from deployments.engine import copies
 from deployments.engine.copies import Copies, Copy
 from deployments.engine.progress import Progress
+from deployments.engine.stages import Place
 
 SHAPES = {"a": (64, 8), "b": (3,), "c": (0, 5)}
 
@@ -29,7 +30,7 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def copy(folder: Path, model: str = "m", *, limit: int = 1 << 20, rank: int = 0, cuts: str = "x") -> Copy:
-    return Copies(folder, limit).of(model, rank=rank, size=2, dtype="bfloat16", cuts=[cuts])
+    return Copies(folder, limit).of(model, place=Place(rank, tp=2), dtype="bfloat16", cuts=[cuts])
 
 
 def read(one: Copy) -> dict[str, torch.Tensor] | None:
