@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import get_args
 
 import sqlalchemy as sa
 
 from cluster.errors import InvalidRequest, ModelNotFound
 from cluster.store import Store, deployments
-from cluster.types import NAME, Deployment
+from cluster.types import NAME, Deployment, Quantization
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = get_args(Quantization)
 
 
 class Desired:
@@ -66,6 +68,9 @@ def _check(deployment: Deployment) -> None:
         raise InvalidRequest("a model is models:/NAME@ALIAS, models:/NAME/VERSION or a directory", param="model")
     if deployment.dtype not in DTYPES:
         raise InvalidRequest(f"dtype {deployment.dtype!r} is not one of {', '.join(DTYPES)}", param="dtype")
+    if deployment.quantization is not None and deployment.quantization not in QUANTIZATIONS:
+        known = ", ".join(QUANTIZATIONS)
+        raise InvalidRequest(f"quantization {deployment.quantization!r} is not one of {known}", param="quantization")
     if not 1 <= deployment.tp <= 1024:
         raise InvalidRequest(f"tp={deployment.tp}: the number of shards is 1 to 1024", param="tp")
     if not 0 <= deployment.min_replicas <= deployment.max_replicas or deployment.max_replicas < 1:

@@ -51,6 +51,7 @@ deployments = Table(
     Column("max_replicas", Integer, nullable=False),
     Column("max_model_len", Integer),
     Column("created_at", Float(53), nullable=False),
+    Column("quantization", String(16)),
 )
 
 _MIGRATIONS = Path(__file__).parent / "migrations"

@@ -53,7 +53,13 @@ class LLM:
         self._deployment = deployment
         self._cache_secret = cache_secret
         engine, path = self._settings.engine, Path(directory)
-        self._model = inspect(path, tp=deployment.tp, dtype=deployment.dtype, max_model_len=deployment.max_model_len)
+        self._model = inspect(
+            path,
+            tp=deployment.tp,
+            dtype=deployment.dtype,
+            max_model_len=deployment.max_model_len,
+            quantization=deployment.quantization,
+        )
         self._tokenizer = await asyncio.to_thread(Tokenizer.load, path)
         self._defaults = sampling_defaults(path)
         blocks = num_blocks(self._model, engine)
@@ -102,6 +108,7 @@ class LLM:
             "num_parameters": self._model.num_parameters,
             "tp": self._deployment.tp,
             "dtype": self._deployment.dtype,
+            "quantization": self._deployment.quantization,
         }
 
     async def stats(self) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Shard:
         from deployments.engine.runner import Runner
 
         spec = self.spec
-        model = load(spec.directory, spec.model.dtype, self.group, spec.settings, self.progress)
+        model = load(spec.directory, spec.model.dtype, self.group, spec.settings, self.progress, spec.model.quantization)
         runner = Runner(model, KvCache(spec.num_blocks, spec.settings.block_size))
         runner.check()
         return runner

@@ -49,7 +49,7 @@ def decoder_of(runner: Runner, *, num_blocks: int, max_positions: int, threads: 
         raise described if isinstance(described, NativeUnavailable) else NativeUnavailable("another rank can't run the decoder")
     probes = list(_probes(described.vocabulary, block_size))
     expected = [runner.run(probe).float() for probe in probes]
-    tolerance = TOLERANCE[described.dtype]
+    tolerance = max(TOLERANCE[described.dtype], runner.slack)
     decoder = Decoder(
         described,
         num_blocks=num_blocks,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.engine.native.packing import PANEL, Arena, interleave, joined, pack, packed_bytes, padded_bias
+from deployments.engine.native.packing import PANEL, Arena, interleave, joined, pack, packed_bytes, padded
 
 
 @given(outputs=st.integers(1, 100), lanes=st.integers(1, 9), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
@@ -42,7 +42,7 @@ def test_biases_of_fused_linears_are_joined_and_filled_up() -> None:
     bias = joined([torch.ones(3), None], [3, 2])
     assert bias is not None
     assert bias.tolist() == [1, 1, 1, 0, 0]
-    filled = padded_bias(bias, 5)
+    filled = padded(bias, 5)
     assert filled is not None
     assert filled.tolist() == [1, 1, 1] + [0] * 29
     assert joined([None, None], [3, 2]) is None
