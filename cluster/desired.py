@@ -14,7 +14,7 @@ from cluster.store import Store, deployments
 from cluster.types import NAME, Deployment, Quantization
 
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = get_args(Quantization)
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 
 class Desired:
@@ -60,6 +60,13 @@ class Desired:
             raise ModelNotFound(f"no model is deployed as {name!r}", param="model")
 
 
+def checked_quantization(text: str | None) -> Quantization | None:
+    """Raises InvalidRequest for a kind that doesn't exist."""
+    if text not in (None, *QUANTIZATIONS):
+        raise InvalidRequest(f"quantization {text!r:.40} is not one of {', '.join(QUANTIZATIONS)}", param="quantization")
+    return text
+
+
 def _check(deployment: Deployment) -> None:
     if NAME.match(deployment.name) is None:
         rule = "lower-case letters, digits, '.', '_' and '-', at most 63, starting and ending with a letter or digit"
@@ -68,9 +75,7 @@ def _check(deployment: Deployment) -> None:
         raise InvalidRequest("a model is models:/NAME@ALIAS, models:/NAME/VERSION or a directory", param="model")
     if deployment.dtype not in DTYPES:
         raise InvalidRequest(f"dtype {deployment.dtype!r} is not one of {', '.join(DTYPES)}", param="dtype")
-    if deployment.quantization is not None and deployment.quantization not in QUANTIZATIONS:
-        known = ", ".join(QUANTIZATIONS)
-        raise InvalidRequest(f"quantization {deployment.quantization!r} is not one of {known}", param="quantization")
+    checked_quantization(deployment.quantization)
     if not 1 <= deployment.tp <= 1024:
         raise InvalidRequest(f"tp={deployment.tp}: the number of shards is 1 to 1024", param="tp")
     if not 0 <= deployment.min_replicas <= deployment.max_replicas or deployment.max_replicas < 1:

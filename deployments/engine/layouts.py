@@ -26,6 +26,7 @@ class Load:
     max_model_len: int
     sequences: int
     batch_tokens: int  # of one step
+    quantization: str | None = None  # of weights
 
     @property
     def element_bytes(self) -> int:
@@ -100,7 +101,7 @@ def plan(
 
 def weight_bytes(census: Census, load: Load, tp: int, pp: int) -> int:
     """Of the rank that holds most: the first stage has the embeddings, the last the output."""
-    return _sizes_by_stage(census, tp, pp) * load.element_bytes
+    return _bytes_by_stage(census, tp, pp, load.element_bytes, load.quantization is not None)
 
 
 def kv_bytes(census: Census, load: Load, tp: int, pp: int) -> int:
@@ -171,8 +172,8 @@ def _longest_stage(census: Census, pp: int) -> int:
 
 
 @cache
-def _sizes_by_stage(census: Census, tp: int, pp: int) -> int:
-    """Elements of the largest rank."""
+def _bytes_by_stage(census: Census, tp: int, pp: int, element_bytes: int, quantized: bool) -> int:
+    """Of the largest rank's weights."""
     run = _longest_stage(census, pp)
     first_layer = next((number for number, parameter in enumerate(census.parameters) if parameter.layer is not None), 0)
     totals: dict[tuple[int, int], int] = {}
@@ -182,7 +183,8 @@ def _sizes_by_stage(census: Census, tp: int, pp: int) -> int:
         apart = parameter.tied and pp > 1  # the last stage needs its own
         for rank in {0, tp - 1}:  # the first gets what doesn't go up evenly, the last what is left of a grain
             held = parameter.size if apart and tp == 1 else census.size_on(parameter, rank, tp)
-            totals[stage, rank] = totals.get((stage, rank), 0) + held
+            taken = held + 4 * parameter.shape[0] if quantized and parameter.is_quantized else held * element_bytes  # and scales
+            totals[stage, rank] = totals.get((stage, rank), 0) + taken
     return max(totals.values())
 
 

@@ -72,7 +72,7 @@ def put(model: nn.Module, name: str, linear: Any, form: Format) -> QuantizedLine
     return quantized
 
 
-def linears(model: nn.Module) -> dict[str, nn.Module]:
+def linears(model: nn.Module) -> dict[str, Any]:
     """What is to be quantised, by name. Raises ModelNotServable where much would be left."""
     output: Any = model.get_output_embeddings()  # type: ignore[operator]
     found = {
@@ -84,7 +84,7 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _require_most(model: nn.Module, found: dict[str, nn.Module], output: nn.Module) -> None:
+def _require_most(model: nn.Module, found: dict[str, Any], output: nn.Module) -> None:
     taken = {f"{name}.weight": module.weight.numel() for name, module in found.items()}
     aside = {
         id(parameter)

@@ -22,6 +22,7 @@ def up(
     name: Annotated[str | None, typer.Option(help="Name to serve --model under; its last path part by default.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Shards that hold one copy of the model.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Weights in eight bits, made at load: int8, or fp8 on GPUs.")] = None,
 ) -> None:
     """Start the platform; train the demonstration model if there is nothing to serve. Running it again repairs what is missing."""
     from cluster import log, settings
@@ -30,7 +31,7 @@ def up(
 
     loaded = settings.load()
     log.configure("WARNING")
-    story.up(loaded, story.Asked(model, name, tp, dtype), console())
+    story.up(loaded, story.Asked(model, name, tp, dtype, quantization), console())
 
 
 def down() -> None:

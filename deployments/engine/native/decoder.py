@@ -236,14 +236,20 @@ def _padded_inputs(weight: Tensor) -> Tensor:
 
 
 def _total_bytes(m: Description) -> int:
-    total = packed_bytes(*m.head.weight.shape, m.dtype.itemsize)
+    def of(weight: Tensor, itemsize: int) -> int:
+        return packed_bytes(weight.shape[0], weight.shape[1], itemsize)
+
+    total = of(m.head.weight, m.dtype.itemsize)
     for layer in m.layers:
         attention_out, _ = layer.outputs
         itemsize = 1 if hasattr(attention_out, "scales") else m.dtype.itemsize
         inner = -(-layer.gate_up[0].shape[0] // (PANEL // 2)) * (PANEL // 2)
         total += packed_bytes(sum(part.weight.shape[0] for part in layer.qkv), m.hidden, itemsize)
-        total += packed_bytes(*attention_out.weight.shape, itemsize)
-        total += packed_bytes(2 * inner, m.hidden, itemsize) + packed_bytes(m.hidden, inner, itemsize)
+        total += (
+            of(attention_out.weight, itemsize)
+            + packed_bytes(2 * inner, m.hidden, itemsize)
+            + packed_bytes(m.hidden, inner, itemsize)
+        )
     return total
 
 

@@ -9,7 +9,7 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 
 from cluster.settings import EngineSettings
-from cluster.types import Sampling
+from cluster.types import Quantization, Sampling
 from deployments.engine.checkpoint import inspect
 from deployments.engine.local import LocalEngine, follow
 from deployments.engine.rendezvous import Rendezvous
@@ -30,7 +30,12 @@ class Report:
 
 
 def run_on_two_ranks(
-    directories: dict[str, Path], prompts: list[list[int]], settings: EngineSettings, *, num_blocks: int
+    directories: dict[str, Path],
+    prompts: list[list[int]],
+    settings: EngineSettings,
+    *,
+    num_blocks: int,
+    quantization: Quantization | None = None,
 ) -> dict[str, Report]:
     """Greedy answers of 12 tokens from every model."""
     spawn = multiprocessing.get_context("spawn")
@@ -38,7 +43,7 @@ def run_on_two_ranks(
         specs = {
             family: ShardSpec(
                 directory=directory,
-                model=inspect(directory, tp=2, dtype="float32"),
+                model=inspect(directory, tp=2, dtype="float32", quantization=quantization),
                 num_blocks=num_blocks,
                 threads=1,
                 settings=settings,
