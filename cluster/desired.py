@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import get_args
 
 import sqlalchemy as sa
 
 from cluster.errors import InvalidRequest, ModelNotFound
 from cluster.store import Store, deployments
-from cluster.types import NAME, Deployment
+from cluster.types import NAME, Deployment, Quantization
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 
 class Desired:
@@ -58,6 +60,13 @@ class Desired:
             raise ModelNotFound(f"no model is deployed as {name!r}", param="model")
 
 
+def checked_quantization(text: str | None) -> Quantization | None:
+    """Raises InvalidRequest for a kind that doesn't exist."""
+    if text not in (None, *QUANTIZATIONS):
+        raise InvalidRequest(f"quantization {text!r:.40} is not one of {', '.join(QUANTIZATIONS)}", param="quantization")
+    return text
+
+
 def _check(deployment: Deployment) -> None:
     if NAME.match(deployment.name) is None:
         rule = "lower-case letters, digits, '.', '_' and '-', at most 63, starting and ending with a letter or digit"
@@ -66,6 +75,7 @@ def _check(deployment: Deployment) -> None:
         raise InvalidRequest("a model is models:/NAME@ALIAS, models:/NAME/VERSION or a directory", param="model")
     if deployment.dtype not in DTYPES:
         raise InvalidRequest(f"dtype {deployment.dtype!r} is not one of {', '.join(DTYPES)}", param="dtype")
+    checked_quantization(deployment.quantization)
     if not 1 <= deployment.tp <= 1024:
         raise InvalidRequest(f"tp={deployment.tp}: the number of shards is 1 to 1024", param="tp")
     if not 1 <= deployment.pp <= 1024:

@@ -52,6 +52,7 @@ deployments = Table(
     Column("max_model_len", Integer),
     Column("created_at", Float(53), nullable=False),
     Column("pp", Integer, nullable=False, server_default="1"),
+    Column("quantization", String(16)),
 )
 
 _MIGRATIONS = Path(__file__).parent / "migrations"

@@ -14,6 +14,9 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 Priority = Literal["interactive", "batch"]
 """Classes of service: `batch` yields to `interactive`, and gets a small share of a busy model."""
 
+Quantization = Literal["int8", "fp8"]
+"""Weights, and what they are multiplied with, in eight bits: integers, or floating-point numbers (e4m3)."""
+
 NAME = re.compile(r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?\Z")
 """Names of models and deployments: lower case, digits, `.`, `_` and `-`, at most 63 characters, never a path."""
 
@@ -169,3 +172,4 @@ class Deployment:
     max_model_len: int | None = None
     created_at: float = 0.0  # seconds since the epoch
     pp: int = 1  # stages of `tp` shards each
+    quantization: Quantization | None = None

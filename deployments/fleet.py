@@ -92,7 +92,14 @@ def find(deployment: Deployment, settings: Settings) -> Target:
         registry = Registry(settings.mlflow_uri, Storage(settings.home / "library"))
         directory = Path(registry.resolve(ModelRef.parse(deployment.model)).path)
     try:
-        inspect(directory, tp=deployment.tp, pp=deployment.pp, dtype=deployment.dtype, max_model_len=deployment.max_model_len)
+        inspect(
+            directory,
+            tp=deployment.tp,
+            pp=deployment.pp,
+            dtype=deployment.dtype,
+            max_model_len=deployment.max_model_len,
+            quantization=deployment.quantization,
+        )
     except ModelNotServable as error:
         raise ModelNotServable(f"{deployment.name}: {error.message}") from error
     return Target(deployment, directory, _digest(deployment, directory, settings))

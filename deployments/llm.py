@@ -54,7 +54,12 @@ class LLM:
         self._cache_secret = cache_secret
         engine, path = self._settings.engine, Path(directory)
         self._model = inspect(
-            path, tp=deployment.tp, pp=deployment.pp, dtype=deployment.dtype, max_model_len=deployment.max_model_len
+            path,
+            tp=deployment.tp,
+            pp=deployment.pp,
+            dtype=deployment.dtype,
+            max_model_len=deployment.max_model_len,
+            quantization=deployment.quantization,
         )
         self._tokenizer = await asyncio.to_thread(Tokenizer.load, path)
         self._defaults = sampling_defaults(path)
@@ -106,6 +111,7 @@ class LLM:
             "tp": self._deployment.tp,
             "pp": self._deployment.pp,
             "dtype": self._deployment.dtype,
+            "quantization": self._deployment.quantization,
         }
 
     async def stats(self) -> dict[str, Any]:

@@ -66,8 +66,9 @@ def render(status: Status, console: Console) -> None:
     for served in status.models:
         wanted = served.deployment
         replicas = f"{served.replicas} of {wanted.min_replicas}..{wanted.max_replicas}"
+        kind = f"{wanted.dtype}, {wanted.quantization}" if wanted.quantization else wanted.dtype
         state = Text(served.state, "green" if served.state == "RUNNING" else "yellow")
-        table.add_row(wanted.name, state, replicas, shards(wanted), wanted.dtype, Text(wanted.model), Text(served.message))
+        table.add_row(wanted.name, state, replicas, shards(wanted), kind, Text(wanted.model), Text(served.message))
     if status.models:
         console.print(table)
     for sentence in status.waiting:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.desired import Desired
+from cluster.desired import Desired, checked_quantization
 from cluster.errors import InvalidRequest, ModelNotFound, NotFound, SettingsError, Unauthenticated, Unavailable
 from cluster.private_files import Secrets, private_directory
 from cluster.settings import Settings
@@ -36,6 +36,7 @@ class Asked:
     tp: int | None = None
     dtype: str | None = None
     pp: int | None = None
+    quantization: str | None = None
 
 
 class Platform:
@@ -137,9 +138,9 @@ def reconcile(settings: Settings) -> None:
 def _want(settings: Settings, asked: Asked, console: Console, store: Store, platform: Platform) -> bool:
     """Make sure that some model is desired; returns whether the desired state changed."""
     desired = Desired(store)
-    if asked.model is None and any(value is not None for value in (asked.name, asked.tp, asked.dtype, asked.pp)):
-        options = "--name, --tp, --pp and --dtype go with --model"
-        raise InvalidRequest(f"{options}; change a served model with `mmaas deploy`", param="model")
+    if asked.model is None and asked != Asked():
+        reason = "--name, --tp, --pp, --dtype and --quantization go with --model; change a served model with `mmaas deploy`"
+        raise InvalidRequest(reason, param="model")
     if asked.model is not None:
         return _put(desired, deployment_of(asked.model, asked))
     if desired.list():
@@ -157,7 +158,8 @@ def deployment_of(model: str, asked: Asked) -> Deployment:
         raise InvalidRequest(f"{name!r} can't name a model; choose one with --name", param="name")
     path = Path(model).expanduser().absolute()
     location = str(path) if path.is_dir() else _from_hub(model)
-    return Deployment(name, location, tp=asked.tp or 1, dtype=asked.dtype or "float32", pp=asked.pp or 1)
+    kind = checked_quantization(asked.quantization)
+    return Deployment(name, location, tp=asked.tp or 1, dtype=asked.dtype or "float32", pp=asked.pp or 1, quantization=kind)
 
 
 def _from_hub(name: str) -> str:

@@ -49,6 +49,11 @@ class Parameter:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it takes eight bits where weights do: the matrices of linear modules in layers (`quantized_linear.py`)."""
+        return self.layer is not None and self.kind != "whole" and len(self.shape) == 2
+
 
 @dataclass(frozen=True, slots=True)
 class Census:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ModelNotServable
+from cluster.types import Quantization
 from deployments.engine.families import NOT_SERVABLE, NOT_SHARDABLE, NOT_SHARDABLE_WITH, SHARDABLE, STAGEABLE
 from deployments.engine.model_config import check_runs_no_code, context_length, positive, read_json
 from deployments.engine.weights import Weights, find_weights
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FP8_NEEDS = "quantization=fp8 needs GPUs that multiply it (Ada, Hopper or newer); use int8, which CPUs multiply too"
 _INTERMEDIATE = ("intermediate_size", "ffn_dim", "n_inner", "shared_expert_intermediate_size")
 
 
@@ -37,6 +39,7 @@ class ModelInfo:
     num_parameters: int
     weight_bytes: int  # of all parameters at `dtype`, over all ranks
     dtype: str
+    quantization: Quantization | None = None
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -44,13 +47,22 @@ class ModelInfo:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
 
 
-def inspect(directory: str | Path, *, tp: int, dtype: str, pp: int = 1, max_model_len: int | None = None) -> ModelInfo:
+def inspect(
+    directory: str | Path,
+    *,
+    tp: int,
+    dtype: str,
+    pp: int = 1,
+    max_model_len: int | None = None,
+    quantization: Quantization | None = None,
+) -> ModelInfo:
     """Raises ModelNotServable, with what to change, for a directory that can't be served over `tp` x `pp` ranks at `dtype`."""
     directory = Path(directory)
     if not directory.is_dir():
         raise ModelNotServable(f"{directory} is not a directory")
     if dtype not in DTYPE_BYTES:
         raise ModelNotServable(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {dtype!r:.40}", param="dtype")
+    _check_quantization(quantization)
     config = read_json(directory / "config.json")
     if not config:
         raise ModelNotServable(f"{directory.name} has no config.json; a Hugging Face model directory is needed")
@@ -77,7 +89,16 @@ def inspect(directory: str | Path, *, tp: int, dtype: str, pp: int = 1, max_mode
         num_parameters=weights.num_parameters,
         weight_bytes=weights.num_parameters * DTYPE_BYTES[dtype],
         dtype=dtype,
+        quantization=quantization,
     )
+
+
+def _check_quantization(quantization: str | None) -> None:
+    """Shards compute on CPUs. Whether the model's layers can be quantised is known when it is loaded."""
+    if quantization == "fp8":
+        raise ModelNotServable(FP8_NEEDS, param="quantization")
+    if quantization not in (None, "int8"):
+        raise ModelNotServable(f"quantization must be int8 or fp8, not {quantization!r:.40}", param="quantization")
 
 
 def check_shape(config: Mapping[str, Any], tp: int) -> str:

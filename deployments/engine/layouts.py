@@ -27,6 +27,7 @@ class Load:
     max_model_len: int
     sequences: int
     batch_tokens: int  # of one step
+    quantization: str | None = None  # of weights
 
     @property
     def element_bytes(self) -> int:
@@ -105,7 +106,7 @@ def plan(
 
 def weight_bytes(census: Census, load: Load, tp: int, pp: int) -> int:
     """Of the rank that holds most: the first stage has the embeddings, the last the output."""
-    return max(rank_sizes(census, tp, pp).values()) * load.element_bytes
+    return max(rank_sizes(census, tp, pp, load.element_bytes, quantized=load.quantization is not None).values())
 
 
 def kv_bytes(census: Census, load: Load, tp: int, pp: int) -> int:
@@ -184,8 +185,8 @@ def _longest_stage(census: Census, pp: int) -> int:
 
 
 @cache
-def rank_sizes(census: Census, tp: int, pp: int) -> Mapping[tuple[int, int], int]:
-    """Elements of the weights of ranks, by stage and tensor part. Only of a stage's first part, which gets what doesn't go up
+def rank_sizes(census: Census, tp: int, pp: int, element_bytes: int, *, quantized: bool = False) -> Mapping[tuple[int, int], int]:
+    """Bytes of the weights of ranks, by stage and tensor part. Only of a stage's first part, which gets what doesn't go up
     evenly, and of its last, which gets what is left of a grain."""
     stage_of = {layer: stage for stage, run in enumerate(runs(census.parameters, pp)) for layer in run}
     totals: dict[tuple[int, int], int] = {}
@@ -195,7 +196,9 @@ def rank_sizes(census: Census, tp: int, pp: int) -> Mapping[tuple[int, int], int
         if parameter.tied and pp > 1:  # the last stage needs its own
             parameter = replace(parameter, tied=False)
         for part in {0, tp - 1}:
-            totals[stage, part] = totals.get((stage, part), 0) + census.size_on(parameter, part, tp)
+            held = census.size_on(parameter, part, tp)
+            taken = held + 4 * parameter.shape[0] if quantized and parameter.is_quantized else held * element_bytes  # and scales
+            totals[stage, part] = totals.get((stage, part), 0) + taken
     return totals
 
 

@@ -3,6 +3,8 @@
 Layers go to stages (`stage.py`); within a stage, DeepSpeed's AutoTP decides the cut (`Group.shard`, on the meta device), and
 `cuts.py` reads its decision. Where that can't be read, every rank loads the whole model and cuts it, as DeepSpeed's own users do.
 What was cut once is kept (`copies.py`).
+
+Weights are quantised one by one as they are read, so that memory never holds more than a few of them in full.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cluster.errors import ModelNotServable
 from cluster.settings import EngineSettings
+from cluster.types import Quantization
 from deployments.engine import skeleton, stage
 from deployments.engine.census import parameters_of
 from deployments.engine.copies import Copies, Copy
@@ -24,6 +28,8 @@ from deployments.engine.cuts import Cut, CutUnknown, learn
 from deployments.engine.group import Group
 from deployments.engine.mapped import TYPES, MappedFiles, Part
 from deployments.engine.progress import Progress
+from deployments.engine.quantization import FORMATS, require
+from deployments.engine.quantized_linear import QuantizedLinear, linears, put, quantize_model
 from deployments.engine.runner import DTYPES, load_model
 from deployments.engine.stages import Place
 from deployments.engine.weights import Weights, find_weights, fingerprint
@@ -31,25 +37,63 @@ from deployments.engine.weights import Weights, find_weights, fingerprint
 log = logging.getLogger(__name__)
 
 
-def load(directory: Path, dtype: str, group: Group | None, settings: EngineSettings, progress: Progress) -> nn.Module:
+def load(
+    directory: Path,
+    dtype: str,
+    group: Group | None,
+    settings: EngineSettings,
+    progress: Progress,
+    quantization: Quantization | None = None,
+) -> nn.Module:
     """This rank's module with real tensors. The directory has passed `checkpoint.inspect`; `group` None: one rank holds all.
 
-    Raises ModelNotServable when weights are missing or have other shapes, or DeepSpeed can't cut the model.
+    Raises ModelNotServable when weights are missing or have other shapes, DeepSpeed can't cut the model, or it can't be quantised.
     """
+    if quantization:
+        require(FORMATS[quantization], torch.device("cpu"))
     weights = find_weights(directory)
     empty, parts = _planned(directory, DTYPES[dtype], group, weights, progress)
     if empty is None:
-        return _whole(directory, dtype, group, weights, progress)
-    copy = _copy(directory, dtype, group, settings, weights, empty)
-    if copy and (kept := copy.read(empty.shapes(), progress)) is not None:
+        model = _whole(directory, dtype, group, weights, progress)
+    else:
+        copy = _copy(directory, dtype, group, settings, weights, empty, quantization)
+        model = _filled(empty, parts, copy, progress, quantization)
+    if quantization:
+        quantize_model(model, quantization)  # what could not be quantised while it was read
+    return model
+
+
+def _filled(
+    empty: _Empty, parts: dict[str, Part], copy: Copy | None, progress: Progress, quantization: Quantization | None
+) -> nn.Module:
+    """From this rank's own copy, if there is a good one, else from the model's files."""
+    quantized = empty.quantized(parts, quantization) if quantization else {}
+    shapes = empty.shapes() | {f"{linear.name}.scales": tuple(linear.scales.shape) for linear in quantized.values()}
+    if copy and (kept := copy.read(shapes, progress)) is not None:
         skeleton.fill(empty.model, kept, empty.dtype, empty.apart, renamed=True)
         return empty.model
+    for linear in quantized.values():
+        linear.scales = None  # they come with the weights, not from the files
     progress.begin("model", sum(part.num_bytes for part in parts.values()))
-    skeleton.fill(empty.model, parts, empty.dtype, empty.apart)
+    chosen = {name: QuantizedPart(part, quantized[name]) if name in quantized else part for name, part in parts.items()}
+    skeleton.fill(empty.model, chosen, empty.dtype, empty.apart)
     progress.end()
     if copy:
-        copy.write({name: tensor for name, tensor in empty.model.state_dict().items() if name in empty.shapes()})
+        copy.write({name: tensor for name, tensor in empty.model.state_dict().items() if name in shapes})
     return empty.model
+
+
+@dataclass(frozen=True)
+class QuantizedPart:
+    """A part of a weight that is quantised when it is read."""
+
+    part: Part
+    linear: QuantizedLinear
+
+    def __getitem__(self, everything: Any) -> Tensor:
+        numbers, scales = self.linear.take(self.part[everything])
+        self.linear.scales = nn.Parameter(scales, requires_grad=False)
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -109,6 +153,16 @@ class _Empty:
         parts |= {target: part(name, target, self.cuts[target]) for target, name in tied.items()}
         return parts | {name: part(name, target, None) for name, target in sources.items()}
 
+    def quantized(self, parts: Mapping[str, Part], quantization: Quantization) -> dict[str, QuantizedLinear]:
+        """Prepare the linear modules whose weights are taken as they are stored; by the names of `parts`."""
+        targets = skeleton.destinations(self.model, parts)
+        by_weight = {target: name for name, (target, computed) in targets.items() if not computed}
+        return {
+            by_weight[f"{name}.weight"]: put(self.model, name, linear, FORMATS[quantization])
+            for name, linear in linears(self.model).items()
+            if f"{name}.weight" in by_weight
+        }
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor that this rank stores; of tied ones, once."""
         return {name: cut.part for name, cut in self.cuts.items() if name not in skeleton.ties(self.model)}
@@ -141,14 +195,21 @@ def _whole(directory: Path, dtype: str, group: Group | None, weights: Weights, p
 
 
 def _copy(
-    directory: Path, dtype: str, group: Group | None, settings: EngineSettings, weights: Weights, empty: _Empty
+    directory: Path,
+    dtype: str,
+    group: Group | None,
+    settings: EngineSettings,
+    weights: Weights,
+    empty: _Empty,
+    quantization: Quantization | None,
 ) -> Copy | None:
     """Where this rank keeps what it cut; None where the model's own files serve as well."""
     stored = {TYPES[entry.dtype] for entry in weights.tensors.values()}
     converted = any(kind.is_floating_point and kind != DTYPES[dtype] for kind in stored)
-    if not settings.cut_weights_bytes or not (group or converted):
+    if not settings.cut_weights_bytes or not (group or converted or quantization):
         return None
     place = group.place if group else Place()
     cuts = sorted((name, cut.whole, repr(cut.blocks)) for name, cut in empty.cuts.items())
+    kind = f"{dtype} {quantization}" if quantization else dtype
     copies = Copies(settings.cache / "shards", settings.cut_weights_bytes)
-    return copies.of(fingerprint(directory, weights), place=place, dtype=dtype, cuts=cuts)
+    return copies.of(fingerprint(directory, weights), place=place, dtype=kind, cuts=cuts)

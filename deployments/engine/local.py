@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cluster.settings import EngineSettings
-from cluster.types import FinishReason, Sampling
+from cluster.types import FinishReason, Quantization, Sampling
 from deployments.engine.checkpoint import inspect
 from deployments.engine.engine import Engine, Output, Request
 from deployments.engine.rendezvous import Rendezvous
@@ -46,9 +46,10 @@ class LocalEngine:
         dtype: str = "float32",
         settings: EngineSettings | None = None,
         blocks: int | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         settings = settings or EngineSettings()
-        info = inspect(Path(directory), tp=tp, pp=pp, dtype=dtype)
+        info = inspect(Path(directory), tp=tp, pp=pp, dtype=dtype, quantization=quantization)
         self._meeting: tempfile.TemporaryDirectory[str] | None = tempfile.TemporaryDirectory(prefix="mmaas-")
         spec = ShardSpec(
             directory=Path(directory),

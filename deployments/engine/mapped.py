@@ -31,6 +31,7 @@ TYPES = {
     "U32": torch.uint32,
     "U16": torch.uint16,
     "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
     "BOOL": torch.bool,
 }
 

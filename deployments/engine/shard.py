@@ -142,7 +142,7 @@ class Shard:
         from deployments.engine.runner import Runner
 
         spec = self.spec
-        model = load(spec.directory, spec.model.dtype, self.group, spec.settings, self.progress)
+        model = load(spec.directory, spec.model.dtype, self.group, spec.settings, self.progress, spec.model.quantization)
         return Runner(model, KvCache(spec.num_blocks, spec.settings.block_size), self.handover)
 
     @property

@@ -21,16 +21,18 @@ def deploy(
     replicas: Annotated[str, typer.Option(help="Number of copies, or A..B to scale between.")] = "1",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Context window; None: the model's own.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Weights in eight bits, made at load: int8, or fp8 on GPUs.")] = None,
 ) -> None:
     """Serve a model under NAME, or change how it is served."""
     from cluster import settings
-    from cluster.desired import Desired
+    from cluster.desired import Desired, checked_quantization
     from cluster.types import Deployment
     from mmaas.up import Platform, opened_store, reconcile
 
     loaded = settings.load()
     least, most = parse_replicas(replicas)
-    wanted = Deployment(name, located(model), tp, dtype, least, most, max_model_len, pp=pp)
+    kind = checked_quantization(quantization)
+    wanted = Deployment(name, located(model), tp, dtype, least, most, max_model_len, pp=pp, quantization=kind)
     Platform().admit(loaded, wanted)
     with opened_store(loaded) as store:
         Desired(store).put(wanted)

@@ -35,6 +35,7 @@ def plan(
         typer.Option("--memory", "--memory-per-gpu", help="Memory of one GPU, like 80GiB. Without: the cluster or machine."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    quantization: Annotated[str | None, typer.Option(help="Weights in eight bits: int8, or fp8 on GPUs.")] = None,
     max_model_len: Annotated[
         int | None,
         typer.Option("--max-model-len", min=1, help=f"Tokens of a sequence; else the model's own, {USUAL_LENGTH} at most."),
@@ -46,6 +47,7 @@ def plan(
 
     Exit status 1 when none fits."""
     from cluster import settings
+    from cluster.desired import QUANTIZATIONS
     from cluster.errors import ModelNotServable
     from deployments.engine import census, layouts
     from deployments.engine.checkpoint import DTYPE_BYTES
@@ -54,11 +56,15 @@ def plan(
 
     if dtype not in DTYPE_BYTES:
         raise ModelNotServable(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {dtype!r:.40}", param="dtype")
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ModelNotServable(f"quantization must be int8 or fp8, not {quantization!r:.40}", param="quantization")
     loaded = settings.load()
     path = _path(model, loaded)
     found = census.take(path)
+    if quantization and found.expert_parameters:
+        raise ModelNotServable(f"{found.model_type} can't be quantised: its experts are no linear modules", param="quantization")
     length = max_model_len or min(found.max_model_len, USUAL_LENGTH)
-    load = layouts.Load(dtype, length, sequences, loaded.engine.max_batch_tokens)
+    load = layouts.Load(dtype, length, sequences, loaded.engine.max_batch_tokens, quantization)
     where, machines = _machines(loaded, nodes, gpus_per_node, memory)
     config = read_json(path / "config.json" if path.is_dir() else path)
     made = layouts.plan(found, config, machines, load, tp=tp, pp=pp)
@@ -130,7 +136,8 @@ def _print(model: str, census: Census, load: Load, where: str, plan: Plan) -> No
     out = console()
     experts = f", {census.expert_parameters / 1e9:.1f} of them in experts" if census.expert_parameters else ""
     out.print(Text(f"{model}: {census.model_type}, {census.num_parameters / 1e9:.2f} billion parameters{experts}"), soft_wrap=True)
-    out.print(Text(f"{load.dtype}, {load.sequences} sequences of {load.max_model_len} tokens, on {where}"), soft_wrap=True)
+    kind = f"{load.dtype} with {load.quantization} weights" if load.quantization else load.dtype
+    out.print(Text(f"{kind}, {load.sequences} sequences of {load.max_model_len} tokens, on {where}"), soft_wrap=True)
     if plan.fits:
         out.print(_table(plan))
     out.print(Text(f"{'best' if plan.fits else 'none'}: {plan.reason}", "green" if plan.fits else "red"), soft_wrap=True)

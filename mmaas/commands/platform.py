@@ -23,6 +23,7 @@ def up(
     tp: Annotated[int | None, typer.Option(min=1, help="Shards that hold one copy of the model, or of one of its stages.")] = None,
     pp: Annotated[int | None, typer.Option(min=1, help="Stages that the model's layers are cut into.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Weights in eight bits, made at load: int8, or fp8 on GPUs.")] = None,
 ) -> None:
     """Start the platform; train the demonstration model if there is nothing to serve. Running it again repairs what is missing."""
     from cluster import log, settings
@@ -31,7 +32,7 @@ def up(
 
     loaded = settings.load()
     log.configure("WARNING")
-    story.up(loaded, story.Asked(model, name, tp, dtype, pp), console())
+    story.up(loaded, story.Asked(model, name, tp, dtype, pp, quantization), console())
 
 
 def down() -> None:

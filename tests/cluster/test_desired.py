@@ -22,7 +22,9 @@ def desired(tmp_path: Path) -> Iterator[Desired]:
     store.close()
 
 
-CHAT = Deployment("chat", "models:/chat@champion", tp=2, dtype="bfloat16", min_replicas=1, max_replicas=3, max_model_len=512)
+CHAT = Deployment(
+    "chat", "models:/chat@champion", tp=2, dtype="bfloat16", min_replicas=1, max_replicas=3, max_model_len=512, quantization="int8"
+)
 
 
 def test_what_was_put_comes_back(desired: Desired) -> None:
@@ -61,6 +63,7 @@ def test_deleted_is_gone(desired: Desired) -> None:
         ("name", "Chat", "name"),
         ("model", "", "model"),
         ("dtype", "int8", "dtype"),
+        ("quantization", "int3", "quantization"),
         ("tp", 0, "tp"),
         ("min_replicas", 4, "replicas"),
         ("max_replicas", 0, "replicas"),

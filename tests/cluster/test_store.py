@@ -54,6 +54,21 @@ def test_migrating_twice_keeps_the_rows(store: Store) -> None:
         assert connection.scalar(sa.select(sa.func.count()).select_from(deployments)) == 1
 
 
+def test_rows_from_before_quantization_live_through_going_up_and_down(store: Store) -> None:
+    store.downgrade("0001")
+    old = sa.table("deployments", *[sa.column(name) for name in ROW])
+    with store.begin() as connection:
+        connection.execute(old.insert().values(ROW))
+    store.migrate()
+    with store.begin() as connection:
+        assert connection.scalar(sa.select(deployments.c.quantization)) is None
+        connection.execute(deployments.update().values(quantization="int8"))
+    store.downgrade("0001")
+    with store.read() as connection:
+        assert connection.execute(sa.select(old)).one()._mapping == ROW
+    store.migrate()
+
+
 def test_exception_rolls_back(store: Store) -> None:
     def fail_halfway() -> None:
         with store.begin() as connection:

@@ -44,6 +44,16 @@ def test_json_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert layout["rank_bytes"] == layout["weight_bytes"] + layout["kv_bytes"] + layout["activation_bytes"]
 
 
+def test_quantised_weights_take_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", model(tmp_path, QWEN25_72B), "--gpus-per-node", "8", "--memory", "80G", "--tp", "8", "--pp", "1", "--json"]
+    sizes = []
+    for more in ([], ["--quantization", "int8"]):
+        assert run([*command, *more]) == 0
+        sizes.append(json.loads(capsys.readouterr().out)["layouts"][0]["weight_bytes"])
+    whole = 2 * 152064 * 8192 * (1 + 1 / 8)  # embeddings on every rank and its part of the output, at 16 bits
+    assert sizes[1] - whole == pytest.approx((sizes[0] - whole) / 2, rel=0.01)
+
+
 def test_nothing_that_fits_is_status_1_with_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", model(tmp_path, QWEN25_72B), "--memory", "24GiB"]) == 1
     assert "nothing fits" in capsys.readouterr().out
@@ -61,6 +71,7 @@ def test_without_a_cluster_this_machine_is_planned_for(tmp_path: Path, capsys: p
         (["--nodes", "4"], "need --memory"),
         (["--memory", "much"], "is no size"),
         (["--dtype", "int3"], "dtype must be one of"),
+        (["--quantization", "int3"], "quantization must be int8 or fp8"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

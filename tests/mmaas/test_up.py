@@ -121,7 +121,21 @@ def test_changing_how_a_running_model_is_served_applies_again(loaded: settings.S
     assert platform.applied == 2
 
 
-@pytest.mark.parametrize("asked", [Asked(tp=2), Asked("/nowhere/at/all"), Asked("/", name="No Name")])
+def test_quantised_weights_are_asked_for_by_name(loaded: settings.Settings, tmp_path: Path) -> None:
+    run(loaded, FakePlatform(), Asked(str(tmp_path), name="m", quantization="int8"))
+    assert [deployment.quantization for deployment in wanted(loaded)] == ["int8"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Asked(tp=2),
+        Asked(quantization="int8"),
+        Asked("/", "m", quantization="int3"),
+        Asked("/nowhere/at/all"),
+        Asked("/", name="No Name"),
+    ],
+)
 def test_what_can_not_be_meant_is_refused(loaded: settings.Settings, asked: Asked) -> None:
     with pytest.raises(InvalidRequest):
         run(loaded, FakePlatform(), asked)

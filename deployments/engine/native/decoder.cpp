@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "int8.h"
 #include "linear.h"
 #include "meeting.h"
 #include "norm.h"
@@ -140,6 +141,7 @@ class Decoder : public AnyDecoder {
     std::vector<Scratch<E>> scratch_;
     std::vector<float> stream_, part_, projected_;  // T x hidden, T x hidden, T x (heads + 2 kv_heads) x head_size
     std::vector<Value> input_, queries_, mixed_, gated_;
+    Int8Rows eight_bits_;  // of what enters the next product, where weights are in eight bits
     std::vector<int64_t> positions_, sequences_;  // T
     std::vector<Tile> tiles_, wanted_tiles_;  // of every token, and of those alone whose logits are wanted
     std::atomic<int> failure_ = 0;
@@ -147,6 +149,7 @@ class Decoder : public AnyDecoder {
     int64_t group() const { return m_.heads / m_.kv_heads; }
     int64_t projected_width() const { return (m_.heads + 2 * m_.kv_heads) * m_.head_size; }
     int64_t gated_width() const { return layers_[0].mlp_out.inputs; }
+    bool in_eight_bits() const { return layers_[0].mlp_out.scales; }
 
     template <class T>
     static void grow(std::vector<T>& vector, int64_t size) {
@@ -162,6 +165,7 @@ class Decoder : public AnyDecoder {
         grow(queries_, tokens * m_.heads * m_.head_size);
         grow(mixed_, tokens * m_.heads * m_.head_size);
         grow(gated_, tokens * gated_width());
+        if (in_eight_bits()) eight_bits_.hold(tokens, std::max({m_.hidden, m_.heads * m_.head_size, gated_width()}));
         positions_.clear();
         sequences_.clear();
         tiles_.clear();
@@ -261,11 +265,25 @@ class Decoder : public AnyDecoder {
         for (int64_t row = rows.first; row < rows.last; ++row)
             rms_norm(&stream_[row * m_.hidden], weight, m_.hidden, m_.eps,
                      [&](int64_t i, Floats v) { E::narrow(&input_[row * m_.hidden + i], v); });
+        if (in_eight_bits()) quantize(input_.data(), m_.hidden, rows);
+    }
+
+    void quantize(const Value* x, int64_t width, Range rows) {
+        for (int64_t row = rows.first; row < rows.last; ++row) eight_bits_.put<E>(row, x + row * width, width);
+    }
+
+    // This member's panels of the product of a layer's matrix with rows x, which also stand in `eight_bits_` if the matrix does.
+    template <class Take>
+    void product(const Matrix& matrix, const Value* x, int64_t num_rows, int rank, Take take) {
+        if (matrix.scales)
+            multiply(matrix, eight_bits_, num_rows, panels(matrix, rank), take);
+        else
+            multiply<E>(matrix, x, matrix.inputs, num_rows, panels(matrix, rank), take);
     }
 
     void project(const Matrix& matrix, int64_t num_rows, int rank) {
         const int64_t width = projected_width();
-        multiply<E>(matrix, input_.data(), m_.hidden, num_rows, panels(matrix, rank), [&](int64_t row, int64_t panel, const float* sums) {
+        product(matrix, input_.data(), num_rows, rank, [&](int64_t row, int64_t panel, const float* sums) {
             std::copy_n(sums, std::min<int64_t>(PANEL, width - panel * PANEL), &projected_[row * width + panel * PANEL]);
         });
     }
@@ -330,7 +348,7 @@ class Decoder : public AnyDecoder {
 
     void gate(const Matrix& matrix, int64_t num_rows, int rank) {
         const int64_t width = gated_width();
-        multiply<E>(matrix, input_.data(), m_.hidden, num_rows, panels(matrix, rank), [&](int64_t row, int64_t panel, const float* sums) {
+        product(matrix, input_.data(), num_rows, rank, [&](int64_t row, int64_t panel, const float* sums) {
             const Floats gates = activate(Activation(m_.activation), load<Floats>(sums));
             E::narrow(&gated_[row * width + panel * LANES], gates * load<Floats>(sums + LANES));
         });
@@ -340,7 +358,11 @@ class Decoder : public AnyDecoder {
     void finish(const Matrix& matrix, const Value* x, const float* own_norm, const float* next_norm, int64_t num_rows, int rank) {
         const bool direct = !shared() && !own_norm;
         float* to = direct ? stream_.data() : part_.data();
-        multiply<E>(matrix, x, matrix.inputs, num_rows, panels(matrix, rank), [&](int64_t row, int64_t panel, const float* sums) {
+        if (matrix.scales) {
+            quantize(x, matrix.inputs, Range::part(num_rows, rank, team_.size()));
+            meet(rank, NORM);
+        }
+        product(matrix, x, num_rows, rank, [&](int64_t row, int64_t panel, const float* sums) {
             float* out = to + row * m_.hidden + panel * PANEL;
             const int64_t count = std::min<int64_t>(PANEL, m_.hidden - panel * PANEL);
             for (int64_t i = 0; i < count; i += LANES) {

@@ -21,7 +21,7 @@ from deployments.engine.native import packing
 from deployments.engine.native.build import library
 from deployments.engine.native.description import Description, LayerDescription
 from deployments.engine.native.meeting import Meeting
-from deployments.engine.native.packing import PANEL, Arena, CMatrix, interleave, joined, pack, packed_bytes, padded_bias
+from deployments.engine.native.packing import PANEL, Arena, CMatrix, interleave, joined, pack, packed_bytes, padded, unsigned
 
 PHASES = ("embed", "norm", "linear", "rotary", "attention", "reduce", "logits")
 """Of decoder.cpp, in its order."""
@@ -160,9 +160,9 @@ class Decoder:
         qkv = layer.qkv
         attention_out, mlp_out = layer.outputs
         described = _Layer(
-            self._matrix(torch.cat([part.weight for part in qkv]), _bias_of(qkv)),
+            self._matrix(torch.cat([part.weight for part in qkv]), _bias_of(qkv), _scales_of(qkv)),
             self._summed(attention_out),
-            self._matrix(interleave(*layer.gate_up), interleave(*layer.gate_up_bias) if layer.gate_up_bias else None),
+            self._matrix(interleave(*layer.gate_up), _interleaved(layer.gate_up_bias), _interleaved(layer.gate_up_scales)),
             self._summed(mlp_out),
             *[self._address(norm) for norm in (layer.input_norm, layer.query_norm, layer.key_norm)],
             *[self._address(norm) for norm in (layer.attention_norm, layer.mlp_input_norm, layer.mlp_norm)],
@@ -179,14 +179,17 @@ class Decoder:
     def _summed(self, module: Any) -> CMatrix:
         """A linear whose results are summed over ranks: one of them adds the bias."""
         bias = None if self._rank else getattr(module, "bias", None)
-        return self._matrix(_padded_inputs(module.weight), bias)
+        return self._matrix(_padded_inputs(module.weight), bias, getattr(module, "scales", None))
 
-    def _matrix(self, weight: Tensor, bias: Tensor | None) -> CMatrix:
+    def _matrix(self, weight: Tensor, bias: Tensor | None, scales: Tensor | None) -> CMatrix:
+        """`scales` of weights in eight bits."""
         with torch.no_grad():
-            panels = pack(weight.detach().to(self._model.dtype), self._arena, self._library, self._threads)
+            numbers = weight.detach().to(self._model.dtype) if scales is None else unsigned(weight.detach())
+            panels = pack(numbers, self._arena, self._library, self._threads)
         self._kept.append(panels)
         outputs, inputs = weight.shape
-        return CMatrix(panels.data_ptr(), self._address(padded_bias(bias, outputs)), len(panels), inputs, outputs)
+        addresses = [self._address(padded(numbers, outputs)) for numbers in (bias, scales)]
+        return CMatrix(panels.data_ptr(), *addresses, len(panels), inputs, outputs)
 
     def _address(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
@@ -236,23 +239,34 @@ def _bias_of(parts: list[Any]) -> Tensor | None:
     return joined([getattr(part, "bias", None) for part in parts], [part.weight.shape[0] for part in parts])
 
 
+def _scales_of(parts: list[Any]) -> Tensor | None:
+    return torch.cat([part.scales for part in parts]) if hasattr(parts[0], "scales") else None
+
+
+def _interleaved(parts: list[Tensor] | None) -> Tensor | None:
+    return interleave(*parts) if parts else None
+
+
 def _padded_inputs(weight: Tensor) -> Tensor:
     """The MLP's inner width is rounded up to half a panel, as `interleave` does with its outputs."""
     return torch.nn.functional.pad(weight, (0, -weight.shape[1] % (PANEL // 2)))
 
 
 def _total_bytes(m: Description) -> int:
-    itemsize = m.dtype.itemsize
-
-    def of(weight: Any) -> int:
+    def of(weight: Tensor, itemsize: int) -> int:
         return packed_bytes(weight.shape[0], weight.shape[1], itemsize)
 
-    total = 0 if m.head is None else of(m.head.weight)
+    total = 0 if m.head is None else of(m.head.weight, m.dtype.itemsize)
     for layer in m.layers:
         attention_out, _ = layer.outputs
+        itemsize = 1 if hasattr(attention_out, "scales") else m.dtype.itemsize
         inner = -(-layer.gate_up[0].shape[0] // (PANEL // 2)) * (PANEL // 2)
         total += packed_bytes(sum(part.weight.shape[0] for part in layer.qkv), m.hidden, itemsize)
-        total += of(attention_out.weight) + packed_bytes(2 * inner, m.hidden, itemsize) + packed_bytes(m.hidden, inner, itemsize)
+        total += (
+            of(attention_out.weight, itemsize)
+            + packed_bytes(2 * inner, m.hidden, itemsize)
+            + packed_bytes(m.hidden, inner, itemsize)
+        )
     return total
 
 

@@ -69,6 +69,14 @@ class LayerDescription:
         return None if self.mlp.gate_proj.bias is None else [self.mlp.gate_proj.bias, self.mlp.up_proj.bias]
 
     @property
+    def gate_up_scales(self) -> list[Tensor] | None:
+        """Of weights in eight bits."""
+        fused = getattr(self.mlp, "gate_up_proj", None)
+        if getattr(fused or self.mlp.gate_proj, "scales", None) is None:
+            return None
+        return list(fused.scales.chunk(2)) if fused else [self.mlp.gate_proj.scales, self.mlp.up_proj.scales]
+
+    @property
     def outputs(self) -> tuple[Any, Any]:
         """The last linear of attention and of the MLP, whose results are summed over ranks."""
         return self.attention.o_proj, self.mlp.down_proj
@@ -205,5 +213,7 @@ def _require_shapes(found: Description) -> None:
     }
     if wrong := [name for name, rest in odd.items() if rest]:
         raise NativeUnavailable(f"the decoder can't cut this {' or '.join(wrong)} into vectors")
+    if any(module.weight.dtype is torch.float8_e4m3fn for layer in found.layers for module in layer.outputs):
+        raise NativeUnavailable("the decoder has no fp8")
     if found.dtype not in (torch.float32, torch.bfloat16):
         raise NativeUnavailable(f"the decoder has no {found.dtype}")

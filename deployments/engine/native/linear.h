@@ -17,14 +17,15 @@ constexpr int64_t PREFETCH_STEPS = 24;  // 3 KiB ahead: what the memory delivers
 // As Python describes it (`packing.py`). `outputs` is what counts of the n; the rest is padding.
 struct Matrix {
     const void* panels;
-    const float* bias;  // n numbers, or null
+    const float* bias;    // n numbers, or null
+    const float* scales;  // n numbers where the weights are in eight bits (`int8.h`), else null
     int64_t num_panels;
     int64_t inputs;
     int64_t outputs;
 };
 
-template <int ROWS>
-using Sums = Floats[ROWS][2];
+template <int ROWS, class Sum = Floats>
+using Sums = Sum[ROWS][2];
 
 // Two vectors of weights side by side along k, and those that will be read later, which are asked from memory meanwhile.
 template <class E>
@@ -34,8 +35,8 @@ struct Pair {
 
 // sums[r][v] += x[r] . weights, over `steps` lanes of k.
 template <class E, int ROWS>
-MMAAS_INLINE void dot(Sums<ROWS>& sums, const typename E::Value* x, int64_t x_stride, Pair<E> weights, int64_t weights_step,
-                      int64_t steps) {
+MMAAS_INLINE void dot(Sums<ROWS, typename E::Sum>& sums, const typename E::Value* x, int64_t x_stride, Pair<E> weights,
+                      int64_t weights_step, int64_t steps) {
     for (int64_t step = 0; step < steps; ++step) {
         const int64_t at = step * weights_step;
         const auto first = E::weights(weights.low + at), second = E::weights(weights.high + at);
@@ -65,8 +66,8 @@ MMAAS_INLINE void with_rows(int rows, F f) {
 
 template <class E, int ROWS>
 __attribute__((noinline)) void panel_tile(const typename E::Value* x, int64_t x_stride, const typename E::Value* panel, int64_t steps,
-                                          float (*out)[PANEL]) {
-    Sums<ROWS> sums = {};
+                                          typename E::Number (*out)[PANEL]) {
+    Sums<ROWS, typename E::Sum> sums = {};
     constexpr int64_t step = PANEL * E::PER_LANE, half = LANES * E::PER_LANE, later = PREFETCH_STEPS * step;
     dot<E, ROWS>(sums, x, x_stride, {panel, panel + half, panel + later, panel + later + half}, step, steps);
 #pragma GCC unroll 12
@@ -82,10 +83,10 @@ struct Range {
     static Range part(int64_t count, int rank, int size) { return {count * rank / size, count * (rank + 1) / size}; }
 };
 
-// y = x W' + bias for `num_rows` rows of x, `x_stride` apart. `take(row, panel, sums)` receives 32 finished numbers of one row and may change them.
+// x W' for `num_rows` rows of x, `x_stride` apart. `take(row, panel, sums)` receives 32 sums of one row and may change them.
 // Rows go in blocks that stay in the second-level cache while every panel of this thread passes by.
 template <class E, class Take>
-void multiply(const Matrix& matrix, const typename E::Value* x, int64_t x_stride, int64_t num_rows, Range panels, Take take) {
+void products(const Matrix& matrix, const typename E::Value* x, int64_t x_stride, int64_t num_rows, Range panels, Take take) {
     const int64_t steps = matrix.inputs / E::PER_LANE;
     const auto* weights = static_cast<const typename E::Value*>(matrix.panels);
     const int64_t block = std::max<int64_t>(MAX_ROWS, (512 << 10) / (matrix.inputs * int64_t(sizeof *x)) / MAX_ROWS * MAX_ROWS);
@@ -93,24 +94,29 @@ void multiply(const Matrix& matrix, const typename E::Value* x, int64_t x_stride
         const int64_t rows = std::min(block, num_rows - from), tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
         for (int64_t panel = panels.first; panel < panels.last; ++panel) {
             const auto* panel_weights = weights + panel * matrix.inputs * PANEL;
-            const float* bias = matrix.bias ? matrix.bias + panel * PANEL : nullptr;
             for (int64_t tile = 0; tile < tiles; ++tile) {
                 const Range part = {from + rows * tile / tiles, from + rows * (tile + 1) / tiles};
-                float out[MAX_ROWS][PANEL];
+                typename E::Number out[MAX_ROWS][PANEL];
                 with_rows(int(part.last - part.first), [&](auto count) {
                     panel_tile<E, count>(x + part.first * x_stride, x_stride, panel_weights, steps, out);
                 });
-                for (int64_t row = part.first; row < part.last; ++row) {
-                    float* numbers = out[row - part.first];
-                    if (bias) {
-                        store(numbers, load<Floats>(numbers) + load<Floats>(bias));
-                        store(numbers + LANES, load<Floats>(numbers + LANES) + load<Floats>(bias + LANES));
-                    }
-                    take(row, panel, numbers);
-                }
+                for (int64_t row = part.first; row < part.last; ++row) take(row, panel, out[row - part.first]);
             }
         }
     }
+}
+
+// y = x W' + bias. `take(row, panel, numbers)` receives 32 finished numbers of one row and may change them.
+template <class E, class Take>
+void multiply(const Matrix& matrix, const typename E::Value* x, int64_t x_stride, int64_t num_rows, Range panels, Take take) {
+    products<E>(matrix, x, x_stride, num_rows, panels, [&](int64_t row, int64_t panel, float* numbers) {
+        if (matrix.bias) {
+            const float* bias = matrix.bias + panel * PANEL;
+            store(numbers, load<Floats>(numbers) + load<Floats>(bias));
+            store(numbers + LANES, load<Floats>(numbers + LANES) + load<Floats>(bias + LANES));
+        }
+        take(row, panel, numbers);
+    });
 }
 
 }  // namespace mmaas

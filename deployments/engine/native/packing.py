@@ -20,6 +20,7 @@ class CMatrix(ctypes.Structure):
     _fields_ = [
         ("panels", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
         ("num_panels", ctypes.c_int64),
         ("inputs", ctypes.c_int64),
         ("outputs", ctypes.c_int64),
@@ -65,6 +66,11 @@ def pack(weight: Tensor, arena: Arena, library: ctypes.CDLL, threads: int) -> Te
     return packed
 
 
+def unsigned(weight: Tensor) -> Tensor:
+    """Integers of eight bits as the decoder keeps them (`int8.h`): 128 more."""
+    return weight ^ -128
+
+
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
     """Gates and what they gate, 16 rows of each by turns, so that a panel holds both: `n` rows each become `2n`, n rounded up."""
     half = PANEL // 2
@@ -72,9 +78,9 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
     return torch.stack([part.reshape(-1, half, *part.shape[1:]) for part in (gate, up)], 1).flatten(0, 2)
 
 
-def padded_bias(bias: Tensor | None, outputs: int) -> Tensor | None:
-    """float32, filled up to whole panels."""
-    return None if bias is None else torch.nn.functional.pad(bias.float(), (0, -outputs % PANEL)).contiguous()
+def padded(numbers: Tensor | None, outputs: int) -> Tensor | None:
+    """Biases or scales, float32, filled up to whole panels."""
+    return None if numbers is None else torch.nn.functional.pad(numbers.float(), (0, -outputs % PANEL)).contiguous()
 
 
 def joined(parts: Items[Tensor | None], sizes: Items[int]) -> Tensor | None:

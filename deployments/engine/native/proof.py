@@ -56,7 +56,7 @@ def decoder_of(runner: Runner, *, num_blocks: int, max_positions: int, threads: 
         runner.cache = own_cache
     if not ranks.all_agree(isinstance(described, Description)) or isinstance(described, NativeUnavailable):
         raise described if isinstance(described, NativeUnavailable) else NativeUnavailable("another rank can't run the decoder")
-    tolerance = TOLERANCE[described.dtype]
+    tolerance = max(TOLERANCE[described.dtype], runner.slack)
     decoder = Decoder(
         described,
         num_blocks=num_blocks,

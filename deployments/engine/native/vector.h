@@ -71,6 +71,8 @@ MMAAS_INLINE Floats tanh(Floats x) { return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f)
 // Weights and what they are multiplied with. A lane is 32 bits: one float32, or two bfloat16 that are neighbours along k.
 struct Float32 {
     using Value = float;
+    using Sum = Floats;
+    using Number = float;  // one of a sum's
     static constexpr int PER_LANE = 1;
 
     static MMAAS_INLINE Floats widen(const Value* from) { return load<Floats>(from); }
@@ -81,6 +83,8 @@ struct Float32 {
 
 struct BFloat16 {
     using Value = uint16_t;
+    using Sum = Floats;
+    using Number = float;
     static constexpr int PER_LANE = 2;
     using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
 

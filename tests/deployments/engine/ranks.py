@@ -9,7 +9,7 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 
 from cluster.settings import EngineSettings
-from cluster.types import Sampling
+from cluster.types import Quantization, Sampling
 from deployments.engine.checkpoint import inspect
 from deployments.engine.local import LocalEngine, follow
 from deployments.engine.rendezvous import Rendezvous
@@ -31,9 +31,14 @@ class Report:
 
 
 def run_on_two_ranks(
-    directories: dict[str, Path], prompts: list[list[int]], settings: EngineSettings, *, num_blocks: int
+    directories: dict[str, Path],
+    prompts: list[list[int]],
+    settings: EngineSettings,
+    *,
+    num_blocks: int,
+    quantization: Quantization | None = None,
 ) -> dict[str, Report]:
-    return run_on_ranks(directories, prompts, settings, num_blocks=num_blocks, tp=2)
+    return run_on_ranks(directories, prompts, settings, num_blocks=num_blocks, tp=2, quantization=quantization)
 
 
 def run_on_ranks(
@@ -44,6 +49,7 @@ def run_on_ranks(
     num_blocks: int | dict[str, int],
     tp: int = 1,
     pp: int = 1,
+    quantization: Quantization | None = None,
 ) -> dict[str, Report]:
     """Greedy answers of 12 tokens from every model; settings and blocks are for all, or for each."""
     spawn = multiprocessing.get_context("spawn")
@@ -51,7 +57,7 @@ def run_on_ranks(
         specs = {
             family: ShardSpec(
                 directory=directory,
-                model=inspect(directory, tp=tp, pp=pp, dtype="float32"),
+                model=inspect(directory, tp=tp, pp=pp, dtype="float32", quantization=quantization),
                 num_blocks=num_blocks if isinstance(num_blocks, int) else num_blocks[family],
                 threads=1,
                 settings=settings if isinstance(settings, EngineSettings) else settings[family],

@@ -91,7 +91,7 @@ def check(directory: Path, pp: int) -> None:
     census = take(directory)
     for number, stage in enumerate(stages):
         held = sum(tensor.numel() for tensor in stage.model.parameters())
-        assert held == rank_sizes(census, 1, pp)[number, 0]
+        assert held == rank_sizes(census, 1, pp, 1)[number, 0]
         stored = sum(tensor.nbytes for tensor in stage.model.state_dict().values())  # a few have buffers besides
         now = stage.progress.now()
         assert now.source == "model"

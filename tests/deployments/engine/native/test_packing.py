@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deployments.engine.native import build
-from deployments.engine.native.packing import PANEL, Arena, declare, interleave, joined, pack, packed_bytes, padded_bias
+from deployments.engine.native.packing import PANEL, Arena, declare, interleave, joined, pack, packed_bytes, padded
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -56,7 +56,7 @@ def test_biases_of_fused_linears_are_joined_and_filled_up() -> None:
     bias = joined([torch.ones(3), None], [3, 2])
     assert bias is not None
     assert bias.tolist() == [1, 1, 1, 0, 0]
-    filled = padded_bias(bias, 5)
+    filled = padded(bias, 5)
     assert filled is not None
     assert filled.tolist() == [1, 1, 1] + [0] * 29
     assert joined([None, None], [3, 2]) is None
