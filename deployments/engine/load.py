@@ -27,6 +27,8 @@ from deployments.engine.weights import Weights, find_weights, fingerprint
 
 log = logging.getLogger(__name__)
 
+_CUTS = "mmaas_cuts"  # the attribute in which a loaded module keeps its parameters' cuts
+
 
 def load(directory: Path, dtype: str, group: Group | None, settings: EngineSettings, progress: Progress) -> nn.Module:
     """This rank's module with real tensors. The directory has passed `checkpoint.inspect`; `group` None: one rank holds all.
@@ -37,6 +39,7 @@ def load(directory: Path, dtype: str, group: Group | None, settings: EngineSetti
     empty, parts = _planned(directory, DTYPES[dtype], group, weights, progress)
     if empty is None:
         return _whole(directory, dtype, group, weights, progress)
+    setattr(empty.model, _CUTS, empty.cuts)
     copy = _copy(directory, dtype, group, settings, weights, empty)
     if copy and (kept := copy.read(empty.shapes(), progress)) is not None:
         skeleton.fill(empty.model, kept, empty.dtype, empty.apart, renamed=True)
@@ -47,6 +50,11 @@ def load(directory: Path, dtype: str, group: Group | None, settings: EngineSetti
     if copy:
         copy.write({name: tensor for name, tensor in empty.model.state_dict().items() if name in empty.shapes()})
     return empty.model
+
+
+def cuts_of(model: nn.Module) -> Mapping[str, Cut] | None:
+    """Which part of each parameter a loaded module has; None where DeepSpeed cut a whole model and doesn't tell."""
+    return getattr(model, _CUTS, None)
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,10 @@ def _whole(directory: Path, dtype: str, group: Group | None, weights: Weights, p
     model = load_model(directory, dtype)
     progress.add(total)
     progress.end()
-    return group.shard(model, DTYPES[dtype]) if group else model
+    if group:
+        return group.shard(model, DTYPES[dtype])
+    setattr(model, _CUTS, {name: Cut.none(tuple(parameter.shape)) for name, parameter in model.named_parameters()})
+    return model
 
 
 def _copy(

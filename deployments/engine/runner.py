@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from cluster.errors import ModelNotServable
 from deployments.engine import attention
+from deployments.engine.adapted import Adapted
+from deployments.engine.adapters import AdapterPart
 from deployments.engine.attention import KvCache, Paged, batch_positions
 from deployments.engine.batch import Batch
 
@@ -48,13 +51,16 @@ def load_model(directory: Path, dtype: str) -> nn.Module:
 class Runner:
     """Owns the model and its KV cache."""
 
-    def __init__(self, model: nn.Module, cache: KvCache) -> None:
+    def __init__(self, model: nn.Module, cache: KvCache, all_reduce: Callable[[Tensor], None] | None = None) -> None:
+        """`all_reduce`: sums over all ranks, which adapters of layers that are summed need; None: this rank is alone."""
         self.model = model
         self.cache = cache
+        self._adapted = Adapted(model, all_reduce)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """`R x V` logits, one row for each of `batch.sampled`."""
+        self._adapted.begin(batch)
         output = self.model(
             input_ids=torch.from_numpy(batch.tokens.astype(np.int64))[None],
             position_ids=torch.from_numpy(batch_positions(batch))[None],
@@ -82,6 +88,12 @@ class Runner:
         difference = float((whole - paged).abs().max() / whole.abs().max().clamp_min(1e-6))
         if not difference < TOLERANCE[whole.dtype]:
             raise ModelNotServable(f"{self._name} gives other logits when its cache is paged (relative error {difference:.2g})")
+
+    def pack_adapter(self, part: AdapterPart) -> AdapterPart:
+        return part
+
+    def put_adapter(self, slot: int, packed: AdapterPart | None) -> None:
+        self._adapted.put(slot, packed)
 
     @property
     def weight_bytes(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +16,15 @@ from cluster.errors import ModelNotServable, PlatformError
 from cluster.settings import EngineSettings
 from deployments.engine.batch import Batch
 from deployments.engine.checkpoint import ModelInfo
-from deployments.engine.orders import Look, Order
+from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, Look, Order, ReadAdapter
 from deployments.engine.progress import Progress
 from deployments.engine.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deployments.engine.adapters import Adapters
+    from deployments.engine.cuts import Cut
     from deployments.engine.group import Group
     from deployments.engine.native.decoder import Decoder
     from deployments.engine.native.proof import Ranks
@@ -69,7 +72,9 @@ class Shard:
         self.spec = spec
         self.progress = progress or Progress()
         self.group = self._join()
+        self._cuts: Mapping[str, Cut] | None = None
         self.runner = self._runner()
+        self.adapters = self._adapters()
 
     def _join(self) -> Group | None:
         if self.spec.rendezvous.size == 1:
@@ -111,14 +116,21 @@ class Shard:
     def _checked(self) -> Runner:
         """The model in transformers' own code, cut to this rank's part, with paging proven."""
         from deployments.engine.attention import KvCache
-        from deployments.engine.load import load
+        from deployments.engine.load import cuts_of, load
         from deployments.engine.runner import Runner
 
         spec = self.spec
         model = load(spec.directory, spec.model.dtype, self.group, spec.settings, self.progress)
-        runner = Runner(model, KvCache(spec.num_blocks, spec.settings.block_size))
+        self._cuts = cuts_of(model)
+        runner = Runner(model, KvCache(spec.num_blocks, spec.settings.block_size), self.group.all_reduce if self.group else None)
         runner.check()
         return runner
+
+    def _adapters(self) -> Adapters:
+        from deployments.engine.adapters import Adapters
+        from deployments.engine.runner import DTYPES
+
+        return Adapters(self.runner, self.spec.directory, self._cuts, DTYPES[self.spec.model.dtype])
 
     def execute(self, batch: Batch) -> Tensor:
         """Leader: run a step on every rank."""
@@ -134,7 +146,7 @@ class Shard:
                 self._together(received)
             else:
                 self.runner.run(Batch.unpack(received))
-        self.runner.close()
+        self._close()
 
     def command(self, order: Order) -> None:
         """Leader: have every rank obey, between two steps. Raises PlatformError when a rank could not; the group goes on."""
@@ -159,6 +171,14 @@ class Shard:
         match order:
             case Look():
                 pass
+            case ReadAdapter(slot, directory):
+                self.adapters.read(slot, Path(directory))
+            case AwaitAdapter(slot):
+                self.adapters.wait(slot)
+            case InstallAdapter(slot):
+                self.adapters.install(slot)
+            case DropAdapter(slot):
+                self.adapters.drop(slot)
 
     def ping(self) -> None:
         if self.group:
@@ -167,4 +187,8 @@ class Shard:
     def stop(self) -> None:
         if self.group:
             self.group.stop()
+        self._close()
+
+    def _close(self) -> None:
+        self.adapters.close()
         self.runner.close()

@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "low_rank.h"
 #include "meeting.h"
 #include "norm.h"
 #include "team.h"
@@ -77,8 +78,11 @@ struct Step {
     int64_t num_sequences;
     int64_t num_rows;
     int64_t width;
-    float* logits;  // R x vocabulary
+    float* logits;            // R x vocabulary
+    const int32_t* adapters;  // S: the slot of each sequence's adapter, 0: none; null: none has one
 };
+
+enum Product : int64_t { ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, NUM_PRODUCTS };  // of a layer
 
 enum Phase : int { EMBED, NORM, LINEAR, ROTARY, ATTENTION, REDUCE, LOGITS, NUM_PHASES };
 
@@ -101,6 +105,7 @@ class AnyDecoder {
   public:
     virtual ~AnyDecoder() = default;
     virtual int run(const Step& step) = 0;
+    virtual void put_adapter(int64_t slot, const Delta* deltas) = 0;
     Clock clock;
 };
 
@@ -112,6 +117,8 @@ class Decoder : public AnyDecoder {
     explicit Decoder(const Model& model) : m_(model), layers_(model.layers, model.layers + model.num_layers), team_(model.threads) {
         scratch_.resize(size_t(model.threads));
     }
+
+    void put_adapter(int64_t slot, const Delta* deltas) override { low_rank_.put(slot, deltas, m_.num_layers * NUM_PRODUCTS); }
 
     int run(const Step& step) override {
         try {
@@ -139,6 +146,8 @@ class Decoder : public AnyDecoder {
     std::vector<Value> input_, queries_, mixed_, gated_;
     std::vector<int64_t> positions_, sequences_;  // T
     std::vector<Tile> tiles_;
+    LowRank<E> low_rank_;
+    AdapterRows adapter_rows_;
     std::atomic<int> failure_ = 0;
 
     int64_t group() const { return m_.heads / m_.kv_heads; }
@@ -159,6 +168,7 @@ class Decoder : public AnyDecoder {
         grow(queries_, tokens * m_.heads * m_.head_size);
         grow(mixed_, tokens * m_.heads * m_.head_size);
         grow(gated_, tokens * gated_width());
+        adapter_rows_.clear();
         positions_.clear();
         sequences_.clear();
         tiles_.clear();
@@ -173,8 +183,11 @@ class Decoder : public AnyDecoder {
             for (int32_t token = 0; token < step.counts[sequence]; ++token) {
                 positions_.push_back(step.starts[sequence] + token);
                 sequences_.push_back(sequence);
+                if (step.adapters) adapter_rows_.slots.push_back(step.adapters[sequence]);
             }
         }
+        adapter_rows_.arrange();
+        low_rank_.prepare(adapter_rows_);
     }
 
     void forward(const Step& step, int rank) {
@@ -186,17 +199,18 @@ class Decoder : public AnyDecoder {
         for (int64_t index = 0; index < m_.num_layers; ++index) {
             const Layer& layer = layers_[size_t(index)];
             const float* next = index + 1 < m_.num_layers ? layers_[size_t(index + 1)].input_norm : nullptr;
-            project(layer.attention_in, step.num_tokens, rank);
+            const int64_t products = index * NUM_PRODUCTS;
+            project(layer.attention_in, products + ATTENTION_IN, step.num_tokens, rank);
             meet(rank, LINEAR);
             place(layer, step, rank);
             team_.reset_pieces();
             meet(rank, ROTARY);
             attention(layer, step, rank);
             meet(rank, ATTENTION);
-            finish(layer.attention_out, mixed_.data(), layer.attention_norm, layer.mlp_input_norm, step.num_tokens, rank);
-            gate(layer.mlp_in, step.num_tokens, rank);
+            finish(layer.attention_out, products + ATTENTION_OUT, mixed_.data(), layer.attention_norm, layer.mlp_input_norm, step.num_tokens, rank);
+            gate(layer.mlp_in, products + MLP_IN, step.num_tokens, rank);
             meet(rank, LINEAR);
-            finish(layer.mlp_out, gated_.data(), layer.mlp_norm, next, step.num_tokens, rank);
+            finish(layer.mlp_out, products + MLP_OUT, gated_.data(), layer.mlp_norm, next, step.num_tokens, rank);
             if (failure_) return;
         }
         if (step.num_rows == 0) return;
@@ -234,9 +248,21 @@ class Decoder : public AnyDecoder {
                      [&](int64_t i, Floats v) { E::narrow(&input_[row * m_.hidden + i], v); });
     }
 
-    void project(const Matrix& matrix, int64_t num_rows, int rank) {
+    // `multiply`, and what the rows' adapters add. The threads meet once more only in steps with adapters.
+    template <class Take>
+    void adapted(const Matrix& matrix, int64_t product, const Value* x, int64_t x_stride, int64_t num_rows, int rank, Take take) {
+        if (!adapter_rows_.any()) return multiply<E>(matrix, x, x_stride, num_rows, panels(matrix, rank), take);
+        low_rank_.down(adapter_rows_, product, x, x_stride, rank, team_.size());
+        team_.barrier();
+        multiply<E>(matrix, x, x_stride, num_rows, panels(matrix, rank), [&](int64_t row, int64_t panel, float* sums) {
+            low_rank_.up(adapter_rows_, product, row, panel, sums);
+            take(row, panel, sums);
+        });
+    }
+
+    void project(const Matrix& matrix, int64_t product, int64_t num_rows, int rank) {
         const int64_t width = projected_width();
-        multiply<E>(matrix, input_.data(), m_.hidden, num_rows, panels(matrix, rank), [&](int64_t row, int64_t panel, const float* sums) {
+        adapted(matrix, product, input_.data(), m_.hidden, num_rows, rank, [&](int64_t row, int64_t panel, const float* sums) {
             std::copy_n(sums, std::min<int64_t>(PANEL, width - panel * PANEL), &projected_[row * width + panel * PANEL]);
         });
     }
@@ -299,19 +325,20 @@ class Decoder : public AnyDecoder {
         }
     }
 
-    void gate(const Matrix& matrix, int64_t num_rows, int rank) {
+    void gate(const Matrix& matrix, int64_t product, int64_t num_rows, int rank) {
         const int64_t width = gated_width();
-        multiply<E>(matrix, input_.data(), m_.hidden, num_rows, panels(matrix, rank), [&](int64_t row, int64_t panel, const float* sums) {
+        adapted(matrix, product, input_.data(), m_.hidden, num_rows, rank, [&](int64_t row, int64_t panel, const float* sums) {
             const Floats gates = activate(Activation(m_.activation), load<Floats>(sums));
             E::narrow(&gated_[row * width + panel * LANES], gates * load<Floats>(sums + LANES));
         });
     }
 
     // The end of a half layer: product, sum over ranks, its own norm if it has one, into the stream, and the next half's norm.
-    void finish(const Matrix& matrix, const Value* x, const float* own_norm, const float* next_norm, int64_t num_rows, int rank) {
+    void finish(const Matrix& matrix, int64_t product, const Value* x, const float* own_norm, const float* next_norm,
+                int64_t num_rows, int rank) {
         const bool direct = !shared() && !own_norm;
         float* to = direct ? stream_.data() : part_.data();
-        multiply<E>(matrix, x, matrix.inputs, num_rows, panels(matrix, rank), [&](int64_t row, int64_t panel, const float* sums) {
+        adapted(matrix, product, x, matrix.inputs, num_rows, rank, [&](int64_t row, int64_t panel, const float* sums) {
             float* out = to + row * m_.hidden + panel * PANEL;
             const int64_t count = std::min<int64_t>(PANEL, m_.hidden - panel * PANEL);
             for (int64_t i = 0; i < count; i += LANES) {
@@ -366,6 +393,11 @@ extern "C" {
 void* mmaas_decoder_new(const mmaas::Model* model) {
     if (model->is_float32) return new mmaas::Decoder<mmaas::Float32>(*model);
     return new mmaas::Decoder<mmaas::BFloat16>(*model);
+}
+
+// Between two steps. `deltas`, four for each layer, must live until the slot has others; null empties it.
+void mmaas_decoder_put_adapter(void* decoder, int64_t slot, const mmaas::Delta* deltas) {
+    static_cast<mmaas::AnyDecoder*>(decoder)->put_adapter(slot, deltas);
 }
 
 int mmaas_decoder_run(void* decoder, const mmaas::Step* step) { return static_cast<mmaas::AnyDecoder*>(decoder)->run(*step); }

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deployments.engine.adapters import AdapterPart
 from deployments.engine.batch import Batch
 from deployments.engine.native.build import library
 from deployments.engine.native.description import Description, LayerDescription
+from deployments.engine.native.low_rank import PackedAdapter, declare, products_of
 from deployments.engine.native.meeting import Meeting
 from deployments.engine.native.packing import PANEL, Arena, CMatrix, interleave, joined, pack, packed_bytes, padded_bias
 
@@ -66,6 +68,7 @@ class _Step(ctypes.Structure):
         *[(name, _Pointer) for name in ("tokens", "starts", "counts", "tables", "rows")],
         *[(name, _Int) for name in ("num_tokens", "num_sequences", "num_rows", "width")],
         ("logits", _Pointer),
+        ("adapters", _Pointer),
     ]
 
 
@@ -89,6 +92,8 @@ class Decoder:
         self._all_reduce = None if isinstance(wire, Meeting) else wire
         self._failure: BaseException | None = None
         self._kept: list[Any] = []  # what the decoder has addresses of
+        self._products = products_of(model.layers, model.hidden)
+        self._adapters: dict[int, PackedAdapter] = {}  # by slot
         self._arena = Arena(_total_bytes(model))
         pages = num_blocks * block_size * model.kv_heads * model.head_size
         # A page that was never written costs nothing: numpy's zeros are the kernel's.
@@ -108,9 +113,21 @@ class Decoder:
         rows = np.ascontiguousarray(batch.rows, np.int64)
         logits = torch.empty(len(rows), self._model.vocabulary)
         arrays = [array.ctypes.data for array in (tokens, starts, counts, tables, rows)]
-        step = _Step(*arrays, len(tokens), len(starts), len(rows), tables.shape[1], logits.data_ptr())
+        adapters = np.ascontiguousarray(batch.adapters, np.int32)
+        slots = adapters.ctypes.data if len(adapters) else None
+        step = _Step(*arrays, len(tokens), len(starts), len(rows), tables.shape[1], logits.data_ptr(), slots)
         self._check(self._library.mmaas_decoder_run(self._handle, ctypes.byref(step)))
         return logits
+
+    def pack_adapter(self, part: AdapterPart) -> PackedAdapter:
+        return PackedAdapter(self._products, part)
+
+    def put_adapter(self, slot: int, packed: PackedAdapter | None) -> None:
+        self._library.mmaas_decoder_put_adapter(self._handle, slot, packed.deltas if packed else None)
+        if packed:
+            self._adapters[slot] = packed
+        else:
+            self._adapters.pop(slot, None)
 
     def profile(self) -> dict[str, float]:
         """Seconds in each kind of work so far."""
@@ -213,6 +230,7 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.mmaas_decoder_run.argtypes = [_Pointer, ctypes.POINTER(_Step)]
     loaded.mmaas_decoder_profile.argtypes = [_Pointer, ctypes.POINTER(ctypes.c_double)]
     loaded.mmaas_decoder_delete.argtypes = [_Pointer]
+    declare(loaded)
     return loaded
 
 
