@@ -1,7 +1,7 @@
 """Admission of a LoRA adapter's files in PEFT's format: what they hold, or why they can't be used. Light: reads JSON and a header.
 
-Two files count, by fixed names: adapter_config.json and adapter_model.safetensors. Nothing in them is taken for a path, a pattern or
-code. What would change what the numbers mean is refused by name; keys that are unknown here pass only when they are off. Whether
+Two files count, by fixed names: adapter_config.json and adapter_model.safetensors. Nothing in them is taken for a path, a pattern
+or code. What would change what the numbers mean is refused by name; keys that are unknown here pass only when they are off. Whether
 the numbers are finite is known where they are read (`adapters.py`).
 """
 
@@ -111,11 +111,14 @@ def _settings(config: Mapping[str, Any]) -> tuple[int, float]:
     if config.get("bias", "none") != "none":
         raise _refusal(f"bias={config['bias']!r:.40} changes biases of the base; train with bias='none', or merge the adapter")
     if (begun := config.get("init_lora_weights", True)) not in _INITIAL:
-        raise _refusal(f"init_lora_weights={begun!r:.40} changes the base itself; convert the adapter when you save it, or merge it")
+        raise _refusal(
+            f"init_lora_weights={begun!r:.40} changes the base itself; convert the adapter when you save it, or merge it"
+        )
     if odd := sorted(key for key, value in config.items() if key not in _TELLING and value not in (None, False, "", [], {})):
         raise _refusal(f"{odd[0]!r:.60} is not supported; merge the adapter into its base, or train without it")
     _check_targets(config.get("target_modules"))
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
     if not _is_number(rank, int) or not 1 <= rank <= MAX_RANK:
         raise _refusal(f"r must be an integer from 1 to {MAX_RANK}, not {rank!r:.40}")
     if not _is_number(alpha, (int, float)) or not 0 < alpha < 1e6:

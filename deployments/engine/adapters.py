@@ -1,8 +1,8 @@
-"""The adapters of one rank: files are read, checked and cut in a thread while steps go on; between two steps they are put in a slot.
+"""The adapters of one rank: files are read, checked and cut in a thread while steps go on, and put into a slot between two steps.
 
 An adapter changes linears of its base: y = W x + scale * B (A x), with B `outputs x rank` and A `rank x inputs` (LoRA, Hu et al.,
-ICLR 2022). Where a rank has some of the outputs it takes those rows of B and all of A; where it has some of the inputs, those columns
-of A and all of B, and the sum over ranks that the base needs anyway sums this, too.
+ICLR 2022). Where a rank has some of the outputs it takes those rows of B and all of A; where it has some of the inputs, those
+columns of A and all of B, and the sum over ranks that the base needs anyway sums this, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from deployments.engine.adapter_files import AdapterFiles, Shape, base_shapes, i
 from deployments.engine.cuts import Cut
 from deployments.engine.mapped import MappedFile
 
-NOT_YET = "an adapter is still being read"
 READERS = 2
 """Threads that read adapters beside the steps."""
 
@@ -64,11 +63,13 @@ class Adapters:
 
     def wait(self, slot: int) -> None:
         """Raises PlatformError while the slot's adapter is being read; whether it could be, `install` says."""
-        if not self._reading[slot].done():
-            raise PlatformError(NOT_YET)
+        if (reading := self._reading.get(slot)) and not reading.done():
+            raise PlatformError("the adapter is still being read")
 
     def install(self, slot: int) -> None:
         """Raises ModelNotServable for files that aren't an adapter of this base, and for numbers that aren't finite."""
+        if slot not in self._reading:
+            raise PlatformError(f"no adapter was read for slot {slot}")
         try:
             packed = self._reading.pop(slot).result()
         except PlatformError:
@@ -113,6 +114,14 @@ class Adapters:
         if not bool(torch.isfinite(tensor).all()):
             raise ModelNotServable(f"{name} has numbers that aren't finite in {self._dtype}")
         return tensor
+
+
+def check_numbers(files: AdapterFiles) -> None:
+    """Read all of it. Raises ModelNotServable for numbers that aren't finite as they are stored."""
+    mapped = MappedFile(files.path)
+    for name, entry in files.tensors.items():
+        if not bool(torch.isfinite(mapped.tensor(entry)).all()):
+            raise ModelNotServable(f"{name} has numbers that aren't finite")
 
 
 def cut_pair(a: Tensor, b: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,11 @@ def run_on_two_ranks(cases: dict[str, Case], prompts: list[list[int]], num_token
 
 
 def _lead(
-    specs: dict[str, ShardSpec], cases: dict[str, Case], prompts: list[list[int]], num_tokens: int, reports: Queue[dict[str, Report]]
+    specs: dict[str, ShardSpec],
+    cases: dict[str, Case],
+    prompts: list[list[int]],
+    num_tokens: int,
+    reports: Queue[dict[str, Report]],
 ) -> None:
     result = {}
     for name, case in cases.items():

@@ -20,7 +20,9 @@ def build_adapter(base: Path, directory: Path, *, targets: list[str], rank: int 
     """Strong enough to change what a model says."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(_loaded(base), LoraConfig(r=rank, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM", **options))
+    model = get_peft_model(
+        _loaded(base), LoraConfig(r=rank, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM", **options)
+    )
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

@@ -1,4 +1,4 @@
-"""The engine with LoRA adapters against peft: greedy float32 tokens must be those of the merged model, whatever stands beside them."""
+"""The engine with LoRA adapters against peft: greedy float32 tokens must be those of the merged model, whatever is beside them."""
 
 from __future__ import annotations
 
