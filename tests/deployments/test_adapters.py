@@ -18,13 +18,16 @@ from deployments.adapters import Adapters, Found, finder
 from deployments.engine.checkpoint import inspect
 from deployments.engine.engine import AdapterUse, Request
 from deployments.engine.lead import lead
+from deployments.engine.local import LocalEngine
 from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, Order, ReadAdapter
 from deployments.engine.remote import RemoteEngine
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import Shard, ShardSpec
 from deployments.slots import Slots
 from tests.deployments.engine.families import build
-from tests.deployments.engine.lora import LINEARS, build_adapter, merged_answers, prompts
+from tests.deployments.engine.lora import LINEARS, plain_adapter, prompts
+
+SETTINGS = EngineSettings(native=False, kv_cache_bytes=1 << 22, threads=1, max_sequences=8, cut_weights_bytes=0)
 
 
 def adapter(name: str) -> Adapter:
@@ -206,13 +209,20 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[
     """A base, a library with four of its adapters, and what is answered with each, and without."""
     root = tmp_path_factory.mktemp("library")
     base, answers = build("llama", root / "base"), {}
-    answers[None] = merged_answers(base, None, prompts(), 6)
-    for number in range(4):
-        directory = build_adapter(base, root / f"a{number}", targets=LINEARS[number : number + 3], rank=4 + number, seed=number)
-        (directory / "README.md").unlink(missing_ok=True)
-        found = Adapter("chat", f"a{number}", Storage(root / "store").publish(directory).address)
-        answers[found] = merged_answers(base, directory, prompts(), 6)
+    with LocalEngine(base, settings=SETTINGS) as engine:  # one after the other, which is right (engine/test_adapters.py)
+        answers[None] = told(engine, None)
+        for number in range(4):
+            targets = LINEARS[number : number + 3]
+            directory = plain_adapter(base, root / f"a{number}", targets=targets, rank=4 + number, seed=number)
+            found = Adapter("chat", f"a{number}", Storage(root / "store").publish(directory).address)
+            answers[found] = told(engine, engine.put_adapter(1, directory))
+    assert len({str(told) for told in answers.values()}) == 5
     return base, root / "store", answers
+
+
+def told(engine: LocalEngine, use: AdapterUse | None) -> list[list[int]]:
+    sampling = Sampling(temperature=0.0, max_tokens=6)
+    return [answer.token_ids for answer in engine.generate(prompts(), sampling, adapters=[use] * len(prompts()))]
 
 
 async def test_a_storm_of_callers_over_a_real_engine_gets_the_right_answers(
@@ -220,8 +230,7 @@ async def test_a_storm_of_callers_over_a_real_engine_gets_the_right_answers(
 ) -> None:
     """Four adapters in two slots, and callers who leave in the middle."""
     base, store, answers = library
-    settings = EngineSettings(native=False, kv_cache_bytes=1 << 22, threads=1, max_sequences=8, cut_weights_bytes=0)
-    spec = ShardSpec(base, inspect(base, tp=1, dtype="float32"), 80, 1, settings, Rendezvous("", 0, 1, 60))
+    spec = ShardSpec(base, inspect(base, tp=1, dtype="float32"), 80, 1, SETTINGS, Rendezvous("", 0, 1, 60))
     engine = RemoteEngine(tmp_path / "s.sock")
     await engine.listen()
     shard = await asyncio.to_thread(Shard, spec)
@@ -230,7 +239,7 @@ async def test_a_storm_of_callers_over_a_real_engine_gets_the_right_answers(
     adapters = Adapters(finder(store, base, "float32"), engine.order, Slots(2, 1 << 20))
     numbers = random.Random(1)
 
-    async def call(number: int) -> None:
+    async def call() -> None:
         wanted, prompt = numbers.choice(list(answers)), numbers.randrange(6)
         leaves_after = numbers.choice([None, None, 1, 3])
         request = Request(engine.next_id(), prompts()[prompt], Sampling(temperature=0.0, max_tokens=6), 6, [], 0)
@@ -247,7 +256,8 @@ async def test_a_storm_of_callers_over_a_real_engine_gets_the_right_answers(
         assert leaves_after or len(told) == 6
 
     async with asyncio.timeout(100):
-        await asyncio.gather(*(call(number) for number in range(60)))
+        for _ in range(4):
+            await asyncio.gather(*(call() for _ in range(15)))
     assert adapters.num_loads > 4, "slots were meant to change hands"
     with pytest.raises(Unavailable, match="in use"):
         await _drop_one_in_use(engine, adapters, next(found for found in answers if found))

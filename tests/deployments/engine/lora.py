@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,25 @@ def build_adapter(base: Path, directory: Path, *, targets: list[str], rank: int 
         if "lora_" in name:
             parameter.data.normal_(0, 0.15, generator=generator)
     model.save_pretrained(directory)
+    return directory
+
+
+def plain_adapter(base: Path, directory: Path, *, targets: list[str], rank: int = 8, seed: int = 1) -> Path:
+    """The same files, made without peft, which takes seconds to import."""
+    from safetensors.torch import save_file
+
+    from deployments.engine.adapter_files import base_shapes
+
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for module, (outputs, inputs) in base_shapes(base).items():
+        if module.rpartition(".")[2] in targets:
+            for part, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+                name = f"base_model.model.{module}.lora_{part}.weight"
+                tensors[name] = torch.empty(shape).normal_(0, 0.15, generator=generator)
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 12, "target_modules": targets}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
     return directory
 
 
