@@ -97,10 +97,11 @@ class Running:
         self.versions: dict[str, str] = ready["versions"]
         self.load_s: float = ready["load_s"]
 
-    def run(self, prompts: list[list[int]], max_tokens: int, concurrency: int) -> dict[str, Any]:
+    def run(self, prompts: list[list[int]], max_tokens: int, concurrency: int, **more: int) -> dict[str, Any]:
         """Wall time and requests, as `bench/peers/protocol.py` says."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens, "concurrency": concurrency}) + "\n")
+        work = {"prompts": prompts, "max_tokens": max_tokens, "concurrency": concurrency, **more}
+        self._process.stdin.write(json.dumps(work) + "\n")
         self._process.stdin.flush()
         answer = self._answer()
         self._note_memory()

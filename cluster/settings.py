@@ -108,6 +108,10 @@ class EngineSettings(_Section):
     cut_weights_bytes: int = Field(default=64 << 30, ge=0)
     """Disk that a node's ranks may fill, in `cache`, with weights that are cut and converted already, so that a second start reads
     only those; models that were not used for longest go first. 0: none are kept."""
+    max_adapters: int = Field(default=64, ge=0, le=4096)
+    """LoRA adapters that a replica holds at once; one that nobody uses makes room for another. 0: none are served."""
+    adapter_bytes: int = Field(default=1 << 30, ge=0)
+    """Memory for their numbers in one replica, over all its ranks, as far as they are cut."""
     prefix_cache: bool = True
     """Keep the KV blocks of finished prompts and share them with later prompts of the same tenant that start alike."""
 

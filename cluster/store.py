@@ -55,6 +55,15 @@ deployments = Table(
     Column("quantization", String(16)),
 )
 
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("base", String(63), primary_key=True),  # a deployment's name; it need not be deployed now
+    Column("name", String(63), primary_key=True),
+    Column("address", String(64), nullable=False),  # of its files in the library
+    Column("created_at", Float(53), nullable=False),
+)
+
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK = 0x6D6D616173  # "mmaas", for Postgres' advisory lock
 

@@ -95,6 +95,20 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter as callers name it, `BASE:NAME`, with the address of its files in the library (a row of the store)."""
+
+    base: str  # a deployment's name
+    name: str
+    address: str  # sha256 of the files' manifest, in hex
+    created_at: float = 0.0  # seconds since the epoch
+
+    @property
+    def model(self) -> str:
+        return f"{self.base}:{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
 class Generate:
     """One call to a language model: either `messages` (rendered by the model's chat template), `prompt` text or `prompt_ids`."""
 
@@ -106,6 +120,7 @@ class Generate:
     sampling: Sampling = field(default_factory=Sampling)
     open: frozenset[str] = frozenset()  # fields of `sampling` that the caller left to the model's own defaults
     priority: Priority = "interactive"
+    adapter: Adapter | None = None  # found by the gateway, never given by the caller
 
 
 @dataclass(frozen=True, slots=True)

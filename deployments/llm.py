@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from cluster import log as logs
 from cluster.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 from cluster.settings import Settings
 from cluster.types import Chunk, Delta, Deployment, Generate, Usage
+from deployments.adapters import Adapters, finder
 from deployments.answer import Answer
 from deployments.engine.checkpoint import inspect
 from deployments.engine.defaults import sampling_defaults
@@ -33,6 +35,7 @@ from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import ShardSpec, num_blocks
 from deployments.engine.tokenizer import Tokenizer
 from deployments.shards import ShardGroup
+from deployments.slots import Slots
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,8 @@ class LLM:
             rendezvous=Rendezvous("", 0, ranks, engine.start_deadline_s, deployment.pp),
         )
         self._group = ShardGroup(spec, raynode.ranks_directory(settings), log_level=self._settings.log_level)
+        find = finder(settings.home / "library", path, deployment.dtype)
+        self._adapters = Adapters(find, self._group.engine.order, Slots(engine.max_adapters, engine.adapter_bytes))
         await self._group.start()
         log.info("shard group ready", extra={"model": deployment.name, "ranks": ranks, "pids": self._group.pids})
 
@@ -82,7 +87,7 @@ class LLM:
         """Stream one answer. Raises, before the first chunk, InvalidRequest for a prompt that doesn't fit and Overloaded when the
         queue is full, or had to make place in it; at any time ReplicaLost. Closing the stream frees what it held."""
         engine, limits = self._group.engine, self._settings.engine
-        is_full = engine.num_streams >= limits.max_sequences + limits.max_queued
+        is_full = engine.num_streams + self._adapters.num_waiting >= limits.max_sequences + limits.max_queued
         if is_full and not engine.make_place(self._opaque(call.tenant, b"flow"), call.priority):
             raise Overloaded(f"{self._deployment.name} has {engine.num_streams} requests at work and waiting", retry_after_s=1)
         request = await self._prepare(call)
@@ -93,10 +98,14 @@ class LLM:
         answer = Answer(
             self._tokenizer, request, is_chat=bool(call.messages), stop_choice=lambda index: engine.abort(request.id, index)
         )
-        async for outputs in engine.generate(request):
-            chunk = answer.take(outputs)
-            if chunk.deltas:
-                yield chunk
+        async with (
+            self._adapters.held(call.adapter) as adapter,  # let go last: by then its sequences must have left the engine
+            aclosing(engine.generate(msgspec.structs.replace(request, adapter=adapter))) as stream,
+        ):
+            async for outputs in stream:
+                chunk = answer.take(outputs)
+                if chunk.deltas:
+                    yield chunk
 
     async def info(self) -> dict[str, Any]:
         """What a caller may want to know before it asks."""
@@ -118,7 +127,8 @@ class LLM:
         """The engine's own counters, and the ranks' pids and nodes."""
         engine = self._group.engine
         counters: dict[str, Any] = msgspec.to_builtins(engine.stats)
-        return counters | {"streams": engine.num_streams, "pids": self._group.pids, "nodes": self._group.nodes}
+        adapters = {"adapters": self._adapters.num_loaded, "adapter_loads": self._adapters.num_loads}
+        return counters | adapters | {"streams": engine.num_streams, "pids": self._group.pids, "nodes": self._group.nodes}
 
     async def check_health(self) -> None:
         """Serve asks every few seconds. A group is well while every rank advances: rank 0 reports only after a step or a ping

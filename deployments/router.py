@@ -10,10 +10,11 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from cluster.errors import ModelNotFound, Overloaded, PlatformError, ReplicaLost, Unavailable
-from cluster.types import Chunk, Deployment, Generate
+from cluster.types import Adapter, Chunk, Deployment, Generate
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,10 @@ class Models(Protocol):
         """Every model that should be served, by name."""
         ...
 
+    async def adapters(self) -> Sequence[Adapter]:
+        """Every adapter of a model that should be served."""
+        ...
+
     async def ready(self) -> dict[str, bool]:
         """For every model whether it answers now."""
         ...
@@ -44,28 +49,44 @@ class Models(Protocol):
         ...
 
     def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
-        """Raises PlatformError, ModelNotFound among them, at the first item or later. Closing it cancels the model's work."""
+        """`name` is a model's, or BASE:ADAPTER. Raises PlatformError, ModelNotFound among them, at the first item or later.
+        Closing it cancels the model's work."""
         ...
 
 
 class ServeModels:
-    """Models over Serve handles. `desired` reads the desired state; it may block, so it runs beside the event loop."""
+    """Models over Serve handles. `desired` reads the desired state, `adapters` what their adapters are; both may block, so they run
+    beside the event loop."""
 
-    def __init__(self, desired: Callable[[], Sequence[Deployment]], clock: Callable[[], float] = time.monotonic) -> None:
-        self._desired = desired
+    def __init__(
+        self,
+        desired: Callable[[], Sequence[Deployment]],
+        adapters: Callable[[], Sequence[Adapter]] = tuple,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._desired, self._adapters = desired, adapters
         self._clock = clock
         self._handles: dict[str, Any] = {}
-        self._listed: tuple[float, Sequence[Deployment]] | None = None
+        self._listed: tuple[float, Sequence[Deployment], Sequence[Adapter]] | None = None
         self._probed: tuple[float, dict[str, bool]] | None = None
         self._ending: set[asyncio.Task[None]] = set()
         self._listing, self._probing, self._opening = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
 
     async def list(self) -> Sequence[Deployment]:
+        return (await self._state())[0]
+
+    async def adapters(self) -> Sequence[Adapter]:
+        deployments, adapters = await self._state()
+        served = {deployment.name for deployment in deployments}
+        return [adapter for adapter in adapters if adapter.base in served]
+
+    async def _state(self) -> tuple[Sequence[Deployment], Sequence[Adapter]]:
+        """At most `STALE_S` old."""
         async with self._listing:
             if self._listed is None or self._clock() - self._listed[0] >= STALE_S:
                 asked = self._clock()
-                self._listed = asked, await asyncio.to_thread(self._desired)
-            return self._listed[1]
+                self._listed = asked, *(await asyncio.to_thread(lambda: (self._desired(), self._adapters())))
+            return self._listed[1:]
 
     async def ready(self) -> dict[str, bool]:
         async with self._probing:
@@ -81,7 +102,9 @@ class ServeModels:
         return {name: stats for name, stats in zip(names, found, strict=True) if stats}
 
     async def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
-        await self._known(name)
+        name, adapter = await self._known(name)
+        if adapter:
+            request = replace(request, adapter=adapter)
         response, running = None, True
         try:
             response = (await self._handle(name)).options(stream=True).generate.remote(request)
@@ -113,11 +136,16 @@ class ServeModels:
         self._ending.add(task)  # asyncio itself holds tasks weakly
         task.add_done_callback(self._ending.discard)
 
-    async def _known(self, name: str) -> None:
+    async def _known(self, name: str) -> tuple[str, Adapter | None]:
+        """The model of that name; of BASE:ADAPTER the base, with the adapter. Raises ModelNotFound."""
         served = sorted(deployment.name for deployment in await self.list())
-        if name not in served:
-            known = ", ".join(served) or "none yet"
-            raise ModelNotFound(f"The model {name[:256]!r} does not exist. Served models: {known}.", param="model")
+        if name in served:
+            return name, None
+        for adapter in await self.adapters():
+            if adapter.model == name:
+                return adapter.base, adapter
+        known = ", ".join(served) or "none yet"
+        raise ModelNotFound(f"The model {name[:256]!r} does not exist. Served models: {known}.", param="model")
 
     async def _handle(self, name: str) -> Any:
         async with self._opening:  # each handle has a router of its own, so a model needs one

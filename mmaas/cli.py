@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from mmaas.commands import chat, keys, models, plan, platform, train
+from mmaas.commands import adapters, chat, keys, models, plan, platform, train
 
 app = typer.Typer(
     name="mmaas",
@@ -23,6 +23,7 @@ app = typer.Typer(
 platform.add_to(app)
 models.add_to(app)
 plan.add_to(app)
+app.add_typer(adapters.app, name="adapters")
 app.add_typer(keys.app, name="keys")
 chat.add_to(app)
 app.add_typer(train.app, name="train")

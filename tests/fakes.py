@@ -11,7 +11,7 @@ from rich.console import Console
 from cluster import metrics
 from cluster.errors import ModelNotFound, Unauthenticated
 from cluster.settings import Settings
-from cluster.types import Chunk, Delta, Deployment, Generate, Principal, TokenLogprob, TopLogprob, Usage
+from cluster.types import Adapter, Chunk, Delta, Deployment, Generate, Principal, TokenLogprob, TopLogprob, Usage
 from mmaas.up import Platform
 
 ECHO = Deployment(name="echo", model="models:/echo@champion", created_at=1_700_000_000.0)
@@ -51,6 +51,7 @@ class EchoModels:
 
     def __init__(self, deployments: Sequence[Deployment] = (ECHO,)) -> None:
         self.deployments = list(deployments)
+        self.adapted: list[Adapter] = []
         self.first_delay_s = 0.0
         self.delay_s = 0.0
         self.error: Exception | None = None
@@ -62,6 +63,9 @@ class EchoModels:
     async def list(self) -> Sequence[Deployment]:
         return self.deployments
 
+    async def adapters(self) -> Sequence[Adapter]:
+        return self.adapted
+
     async def stats(self) -> dict[str, dict[str, float]]:
         return {deployment.name: dict.fromkeys(metrics.ENGINE, 1.0) for deployment in self.deployments}
 
@@ -70,7 +74,7 @@ class EchoModels:
 
     async def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)
-        if name not in {deployment.name for deployment in self.deployments}:
+        if name not in {deployment.name for deployment in self.deployments} | {adapter.model for adapter in self.adapted}:
             raise ModelNotFound(f"The model {name!r} does not exist.", param="model")
         self.open += 1
         try:

@@ -7,6 +7,7 @@
 until its input ends. Times of a request are seconds from its own start, which is when one of the `concurrency` places became free
 for it; `token_times_s` has one for every token of the answer.
 A request may also have "cached_tokens": those of its prompt that the engine's prefix cache gave.
+Work may also have "adapters": how many LoRA adapters take turns, for an engine that was started with --adapters.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 Request = dict
-Generate = Callable[[list[list[int]], int, int], list[Request]]
+Generate = Callable[..., list[Request]]
 
 
 def arguments() -> argparse.Namespace:
@@ -31,6 +32,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--max-concurrency", type=int, default=32)
     parser.add_argument("--max-model-len", type=int, default=512, help="longest prompt and answer, for engines that plan by it")
+    parser.add_argument("--adapters", help="folder with LoRA adapters 001, 002, ...")
+    parser.add_argument("--max-adapters", type=int, default=0)
+    parser.add_argument("--max-rank", type=int, default=8)
     parser.add_argument("--prefix-cache", action="store_true", help="share the beginnings of prompts, where the engine can")
     return parser.parse_args()
 
@@ -45,7 +49,8 @@ def serve(load: Callable[[], Generate], packages: list[str]) -> None:
     for line in sys.stdin:
         work = json.loads(line)
         started = time.perf_counter()
-        requests = generate(work["prompts"], work["max_tokens"], work["concurrency"])
+        more = {"adapters": work["adapters"]} if "adapters" in work else {}
+        requests = generate(work["prompts"], work["max_tokens"], work["concurrency"], **more)
         print(json.dumps({"wall_s": time.perf_counter() - started, "requests": requests}), file=answers)
 
 

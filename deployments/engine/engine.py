@@ -36,6 +36,13 @@ Execute = Callable[[Batch], "Tensor"]
 Launch = Callable[[Batch], None]
 
 
+class AdapterUse(msgspec.Struct, frozen=True, array_like=True):
+    """The adapter that a request is answered with: the slot that every rank has it in (from 1), and the digest of its content."""
+
+    slot: int
+    digest: bytes
+
+
 class Request(msgspec.Struct, frozen=True):
     """One prompt with `sampling.n` answers wanted. The caller has checked that prompt and output fit the context window."""
 
@@ -48,6 +55,12 @@ class Request(msgspec.Struct, frozen=True):
     salt: bytes = b""
     tenant: bytes = b""  # opaque: whose share of the engine it takes
     priority: Priority = "interactive"
+    adapter: AdapterUse | None = None
+
+    @property
+    def prefix_salt(self) -> bytes:
+        """What the hashes of its KV blocks begin with: other adapters make other keys and values of the same tokens."""
+        return self.salt if self.adapter is None else hashlib.sha256(self.salt + b"\0adapter\0" + self.adapter.digest).digest()
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
@@ -135,6 +148,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         leader: Sequence | None = None
+        salt, slot = request.prefix_salt, request.adapter.slot if request.adapter else 0
         sequences = self._requests[request.id] = []
         for index in range(request.sampling.n):
             sequence = Sequence(
@@ -146,8 +160,9 @@ class Engine:
                 max_tokens=request.max_tokens,
                 stop_ids=frozenset(request.stop_ids),
                 seed=choice_seed(request.seed, index),
-                salt=request.salt,
+                salt=salt,
                 tenant=request.tenant,
+                adapter=slot,
                 priority=request.priority,
                 leader=leader,
             )
@@ -206,6 +221,10 @@ class Engine:
         if self.speculation:
             self.speculation.learn(slices, seconds)
         return outputs
+
+    def uses(self, slot: int) -> bool:
+        """Whether an unfinished sequence, running or waiting, has the adapter in this slot."""
+        return any(sequence.adapter == slot for sequences in self._requests.values() for sequence in sequences)
 
     def stats(self) -> Stats:
         scheduler, pool = self.scheduler, self.scheduler.pool

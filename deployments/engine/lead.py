@@ -8,6 +8,7 @@ import time
 from cluster.errors import PlatformError
 from deployments.engine.channel import Abort, Add, Beat, Do, Done, LeaderEnd, Tokens
 from deployments.engine.engine import Engine
+from deployments.engine.orders import DropAdapter
 from deployments.engine.shard import Shard
 
 BEAT_S = 1.0
@@ -37,7 +38,7 @@ def _loop(shard: Shard, engine: Engine, wire: LeaderEnd) -> None:
                 case Do():
                     if outputs := engine.drain():  # an order comes between two steps on every rank
                         wire.send(Tokens(outputs))
-                    wire.send(_done(shard, command))
+                    wire.send(_done(shard, engine, command))
         if engine.has_work:
             if outputs := engine.step():
                 wire.send(Tokens(outputs))
@@ -49,7 +50,9 @@ def _loop(shard: Shard, engine: Engine, wire: LeaderEnd) -> None:
             last_beat = time.monotonic()
 
 
-def _done(shard: Shard, command: Do) -> Done:
+def _done(shard: Shard, engine: Engine, command: Do) -> Done:
+    if isinstance(command.order, DropAdapter) and engine.uses(command.order.slot):
+        return Done(command.id, f"the adapter in slot {command.order.slot} is in use")
     try:
         shard.command(command.order)
     except PlatformError as error:

@@ -36,6 +36,8 @@ from deployments.engine.weights import Weights, find_weights, fingerprint
 
 log = logging.getLogger(__name__)
 
+_CUTS = "mmaas_cuts"  # the attribute in which a loaded module keeps its parameters' cuts
+
 
 def load(
     directory: Path,
@@ -58,6 +60,7 @@ def load(
     else:
         copy = _copy(directory, dtype, group, settings, weights, empty, quantization)
         model = _filled(empty, parts, copy, progress, quantization)
+        setattr(model, _CUTS, empty.cuts)
     if quantization:
         quantize_model(model, quantization)  # what could not be quantised while it was read
     return model
@@ -81,6 +84,11 @@ def _filled(
     if copy:
         copy.write({name: tensor for name, tensor in empty.model.state_dict().items() if name in shapes})
     return empty.model
+
+
+def cuts_of(model: nn.Module) -> Mapping[str, Cut] | None:
+    """Which part of each parameter a loaded module has; None where DeepSpeed cut a whole model and doesn't tell."""
+    return getattr(model, _CUTS, None)
 
 
 @dataclass(frozen=True)
@@ -190,6 +198,8 @@ def _whole(directory: Path, dtype: str, group: Group | None, weights: Weights, p
     layers = stage.layers_of(parameters_of(model), place)
     if group and place.tp > 1:
         model = group.shard(model, DTYPES[dtype])
+    else:
+        setattr(model, _CUTS, {name: Cut.none(tuple(parameter.shape)) for name, parameter in model.named_parameters()})
     stage.narrow(model, layers, place)
     return model
 

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from cluster.errors import PlatformError
 from cluster.settings import EngineSettings
 from cluster.types import FinishReason, Quantization, Sampling
+from deployments.engine.adapter_files import content_digest
 from deployments.engine.checkpoint import inspect
-from deployments.engine.engine import Engine, Output, Request
+from deployments.engine.engine import AdapterUse, Engine, Output, Request
+from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, ReadAdapter
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import Shard, ShardSpec, num_blocks
 
@@ -87,10 +90,35 @@ class LocalEngine:
         )
         self.info = spec.model
 
+    def put_adapter(self, slot: int, directory: Path) -> AdapterUse:
+        """Read an adapter into a slot (from 1) on every rank. Raises PlatformError when one can't, and leaves the slot empty."""
+        self.shard.command(ReadAdapter(slot, str(directory)))
+        while not self._is_read(slot):
+            time.sleep(0.005)
+        try:
+            self.shard.command(InstallAdapter(slot))
+        except PlatformError:
+            self.shard.command(DropAdapter(slot))
+            raise
+        return AdapterUse(slot, content_digest(directory))
+
+    def _is_read(self, slot: int) -> bool:
+        try:
+            self.shard.command(AwaitAdapter(slot))
+        except PlatformError:
+            return False
+        return True
+
     def generate(
-        self, prompts: Items[list[int]], sampling: Sampling | Items[Sampling], *, concurrency: int | None = None
+        self,
+        prompts: Items[list[int]],
+        sampling: Sampling | Items[Sampling],
+        *,
+        concurrency: int | None = None,
+        adapters: Items[AdapterUse | None] = (),
     ) -> list[Generation]:
-        """Answer every prompt (its first choice), at most `concurrency` at a time. Results are in the order of the prompts."""
+        """Answer every prompt (its first choice), at most `concurrency` at a time. Results are in the order of the prompts.
+        `adapters`: one for each prompt, or none at all."""
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         results = [Generation() for _ in prompts]
         waiting = deque(range(len(prompts)))
@@ -99,7 +127,8 @@ class LocalEngine:
             while waiting and running < (concurrency or len(prompts)):
                 number = waiting.popleft()
                 results[number].started_at = time.perf_counter()
-                self.engine.add(self._request(number, prompts[number], samplings[number]))
+                adapter = adapters[number] if adapters else None
+                self.engine.add(self._request(number, prompts[number], samplings[number], adapter))
                 running += 1
             for output in self.engine.step():
                 self._take(results[output.request_id], output)
@@ -124,7 +153,7 @@ class LocalEngine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _request(self, number: int, prompt: list[int], sampling: Sampling) -> Request:
+    def _request(self, number: int, prompt: list[int], sampling: Sampling, adapter: AdapterUse | None) -> Request:
         room = self.info.max_model_len - len(prompt)
         return Request(
             id=number,
@@ -133,6 +162,7 @@ class LocalEngine:
             max_tokens=min(sampling.max_tokens or room, room),
             stop_ids=list(sampling.stop_token_ids),
             seed=sampling.seed or 0,
+            adapter=adapter,
         )
 
     @staticmethod

@@ -17,7 +17,32 @@ class Look(Order, frozen=True, tag=True):
     """Do nothing but say that this rank is there."""
 
 
-ORDERS = Look
+class ReadAdapter(Order, frozen=True, tag=True):
+    """Begin to read an adapter's files, beside the steps, for this slot (from 1)."""
+
+    slot: int
+    directory: str
+
+
+class AwaitAdapter(Order, frozen=True, tag=True):
+    """Can't be obeyed while the slot's adapter is still being read on some rank."""
+
+    slot: int
+
+
+class InstallAdapter(Order, frozen=True, tag=True):
+    """Put what was read into the slot. Where a rank can't, the slot must be dropped."""
+
+    slot: int
+
+
+class DropAdapter(Order, frozen=True, tag=True):
+    """Empty the slot."""
+
+    slot: int
+
+
+ORDERS = Look | ReadAdapter | AwaitAdapter | InstallAdapter | DropAdapter
 """The union of all kinds."""
 
 _decoder = msgspec.msgpack.Decoder(ORDERS)

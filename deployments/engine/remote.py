@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,7 +66,7 @@ class RemoteEngine:
     def next_id(self) -> int:
         return next(self._ids)
 
-    async def generate(self, request: Request) -> AsyncIterator[list[Output]]:
+    async def generate(self, request: Request) -> AsyncGenerator[list[Output], None]:
         """The request's outputs: the first and the last at once, between them all that a slot has gathered. What comes while the
         caller is busy comes as one list afterwards. Leaving early aborts what is unfinished.
 

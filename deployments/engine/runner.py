@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from cluster.errors import ModelNotServable
 from deployments.engine import attention
+from deployments.engine.adapted import Adapted
+from deployments.engine.adapters import AdapterPart
 from deployments.engine.attention import KvCache, Paged, batch_positions
 from deployments.engine.batch import Batch
 from deployments.engine.handover import Handover
@@ -53,16 +56,26 @@ def load_model(directory: Path, dtype: str) -> nn.Module:
 class Runner:
     """Owns the model and its KV cache. `handover` is there where the model is one stage of several."""
 
-    def __init__(self, model: nn.Module, cache: KvCache, handover: Handover | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: KvCache,
+        handover: Handover | None = None,
+        all_reduce: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        """`all_reduce`: sums over the ranks that share a layer, which adapters of layers that are summed need; None: this one has
+        whole layers."""
         self.model = model
         self.cache = cache
         self.handover = handover
         self._entrance, self._exit = entrance_of(model), exit_of(model)
         self._width = model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
+        self._adapted = Adapted(model, all_reduce)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """`R x V` logits, one row for each of `batch.sampled`; in a stage before the last, `R x H` of its hidden states."""
+        self._adapted.begin(batch)
         if self._entrance:
             assert self.handover, "a stage needs somebody to get hidden states from"
             hidden = self.handover.take(len(batch.tokens), self._width, self.model.dtype)  # type: ignore[arg-type]
@@ -100,6 +113,12 @@ class Runner:
         difference = float((whole - paged).abs().max() / whole.abs().max().clamp_min(1e-6))
         if not difference < max(TOLERANCE[whole.dtype], self.slack):
             raise ModelNotServable(f"{self._name} gives other logits when its cache is paged (relative error {difference:.2g})")
+
+    def pack_adapter(self, part: AdapterPart) -> AdapterPart:
+        return part
+
+    def put_adapter(self, slot: int, packed: AdapterPart | None) -> None:
+        self._adapted.put(slot, packed)
 
     @property
     def slack(self) -> float:

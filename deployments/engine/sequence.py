@@ -27,6 +27,7 @@ class Sequence:
     seed: int
     salt: bytes = b""
     tenant: bytes = b""  # opaque
+    adapter: int = 0  # the slot that it is in; 0: none
     priority: Priority = "interactive"
     arrival: int = 0  # its number in the scheduler
     is_guest: bool = False  # runs in a place that nobody with a better claim wanted

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +16,15 @@ from cluster.errors import ModelNotServable, PlatformError
 from cluster.settings import EngineSettings
 from deployments.engine.batch import Batch
 from deployments.engine.checkpoint import ModelInfo
-from deployments.engine.orders import Look, Order
+from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, Look, Order, ReadAdapter
 from deployments.engine.progress import Progress
 from deployments.engine.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deployments.engine.adapters import Adapters
+    from deployments.engine.cuts import Cut
     from deployments.engine.group import Group
     from deployments.engine.handover import Handover
     from deployments.engine.native.decoder import Decoder
@@ -72,7 +75,9 @@ class Shard:
         self.progress = progress or Progress()
         self.group = self._join()
         self.handover = self._handed()
+        self._cuts: Mapping[str, Cut] | None = None
         self.runner = self._runner()
+        self.adapters = self._adapters()
         self.choose = self._choose() if spec.rendezvous.rank == 0 else None
         self._launched = 0
 
@@ -138,12 +143,14 @@ class Shard:
     def _loaded(self) -> Runner:
         """The model in transformers' own code, cut to this rank's part."""
         from deployments.engine.attention import KvCache
-        from deployments.engine.load import load
+        from deployments.engine.load import cuts_of, load
         from deployments.engine.runner import Runner
 
         spec = self.spec
         model = load(spec.directory, spec.model.dtype, self.group, spec.settings, self.progress, spec.model.quantization)
-        return Runner(model, KvCache(spec.num_blocks, spec.settings.block_size), self.handover)
+        self._cuts = cuts_of(model)
+        all_reduce = self.group.all_reduce if self.group and self.group.place.tp > 1 else None
+        return Runner(model, KvCache(spec.num_blocks, spec.settings.block_size), self.handover, all_reduce)
 
     @property
     def depth(self) -> int:
@@ -155,6 +162,12 @@ class Shard:
         if self.group and self.depth > 1:
             self.group.send(batch.pack())
             self._launched += 1
+
+    def _adapters(self) -> Adapters:
+        from deployments.engine.adapters import Adapters
+        from deployments.engine.runner import DTYPES
+
+        return Adapters(self.runner, self.spec.directory, self._cuts, DTYPES[self.spec.model.dtype])
 
     def execute(self, batch: Batch) -> Tensor:
         """Leader: run a step on every rank."""
@@ -172,7 +185,7 @@ class Shard:
                 self._together(received)
             else:
                 self.runner.run(Batch.unpack(received))
-        self.runner.close()
+        self._close()
 
     def command(self, order: Order) -> None:
         """Leader: have every rank obey, between two steps. Raises PlatformError when a rank could not; the group goes on."""
@@ -198,6 +211,14 @@ class Shard:
         match order:
             case Look():
                 pass
+            case ReadAdapter(slot, directory):
+                self.adapters.read(slot, Path(directory))
+            case AwaitAdapter(slot):
+                self.adapters.wait(slot)
+            case InstallAdapter(slot):
+                self.adapters.install(slot)
+            case DropAdapter(slot):
+                self.adapters.drop(slot)
 
     def ping(self) -> None:
         if self.group:
@@ -206,6 +227,10 @@ class Shard:
     def stop(self) -> None:
         if self.group:
             self.group.stop()
+        self._close()
+
+    def _close(self) -> None:
+        self.adapters.close()
         self.runner.close()
 
 

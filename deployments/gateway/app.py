@@ -72,15 +72,17 @@ async def prometheus(request: Request) -> Response:
 @router.get("/v1/models", tags=["models"], response_model=ModelList)
 @requires("inference")
 async def list_models(request: Request) -> Response:
-    """The served models."""
-    return json_response(models.listing(await entrance(request).models.list()))
+    """The served models and their adapters."""
+    served = entrance(request).models
+    return json_response(models.listing(await served.list(), await served.adapters()))
 
 
 @router.get("/v1/models/{model:path}", tags=["models"], response_model=Model)
 @requires("inference")
 async def retrieve_model(request: Request, model: str) -> Response:
-    """One served model."""
-    return json_response(models.card(models.find(await entrance(request).models.list(), model)))
+    """One served model or adapter."""
+    served = entrance(request).models
+    return json_response(models.card(models.find(await served.list(), await served.adapters(), model)))
 
 
 @router.post("/v1/chat/completions", tags=["chat"], response_model=ChatCompletion, openapi_extra=_takes(ChatRequest))

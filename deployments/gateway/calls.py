@@ -57,10 +57,11 @@ async def _admitted(
     scopes.permit(notes.principal, OPERATIONS[operation])
     bounds = entrance.settings
     tree = limits.through_json(body, bounds.max_body_bytes, bounds.max_json_depth)
+    served = entrance.models
     if operation == "models.list":
-        yield models.listing(await entrance.models.list())
+        yield models.listing(await served.list(), await served.adapters())
     elif operation == "models.retrieve":
-        yield models.card(models.find(await entrance.models.list(), str(tree.get("model", ""))))
+        yield models.card(models.find(await served.list(), await served.adapters(), str(tree.get("model", ""))))
     else:
         async with aclosing(_generated(entrance, answering.parse(operation, tree, notes), notes)) as answers:
             async for answer in answers:

@@ -29,13 +29,14 @@ Parts = Callable[[Settings], tuple[Models, Verify]]
 
 def from_store(settings: Settings) -> tuple[Models, Verify]:
     """Served models and keys as the platform's store has them."""
+    from cluster.adapters import Catalog
     from cluster.desired import Desired
     from cluster.private_files import Secrets
     from cluster.store import Store
     from cluster.tenancy.keys import Keys
 
     store = Store(settings.store_url)
-    return ServeModels(Desired(store).list), Keys(store, Secrets(settings.home).pepper).verify
+    return ServeModels(Desired(store).list, Catalog(store).list), Keys(store, Secrets(settings.home).pepper).verify
 
 
 class Gateway:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from grpc import StatusCode
@@ -12,7 +13,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from cluster.errors import ContextLengthExceeded, ModelNotFound, Overloaded, PlatformError, ReplicaLost, Unavailable
-from cluster.types import Chunk, Delta, Generate, Usage
+from cluster.types import Adapter, Chunk, Delta, Generate, Usage
 from deployments.router import ServeModels, platform_error
 from tests.fakes import ECHO
 
@@ -64,11 +65,13 @@ class Answering:
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.may_end, self.is_over, self.cancelled = error, asyncio.Event(), False, False
         self.generate = self
+        self.asked: list[Generate] = []
 
     def options(self, **_: object) -> Answering:
         return self
 
-    def remote(self, _: Generate) -> Answering:
+    def remote(self, request: Generate) -> Answering:
+        self.asked.append(request)
         return self
 
     def cancel(self) -> None:
@@ -118,3 +121,17 @@ async def test_a_caller_who_leaves_before_the_last_chunk_cancels_the_call() -> N
 async def test_an_unknown_model_is_told_with_what_there_is() -> None:
     with pytest.raises(ModelNotFound, match="echo"):
         await anext(ServeModels(lambda: [ECHO]).generate("other", Generate("r", "t", prompt="x")))
+
+
+async def test_an_adapter_is_asked_of_its_base_and_only_while_that_is_served() -> None:
+    german, orphan = Adapter("echo", "german", "0" * 64), Adapter("gone", "german", "0" * 64)
+    models = ServeModels(lambda: [ECHO], lambda: [german, orphan])
+    models._handles["echo"] = answering = Answering()
+    answering.may_end.set()
+    assert await models.adapters() == [german]
+    asked = Generate("r", "t", prompt="x")
+    assert [chunk.deltas[0].text async for chunk in models.generate("echo:german", asked)] == ["a", "b"]
+    assert answering.asked == [replace(asked, adapter=german)]
+    for name in ("echo:french", "gone:german", "echo:"):
+        with pytest.raises(ModelNotFound, match="echo"):
+            await anext(models.generate(name, asked))

@@ -12,10 +12,16 @@ from pathlib import Path
 import httpx
 import pytest
 
+from cluster import settings
+from cluster.desired import Desired
 from cluster.errors import InvalidRequest, PlatformError, Unavailable
+from cluster.types import Deployment
 from mmaas.cli import run
 from mmaas.commands import chat
 from mmaas.commands.models import located, parse_replicas
+from mmaas.up import opened_store
+from tests.deployments.engine.families import build
+from tests.deployments.engine.lora import plain_adapter
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +40,7 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     printed = capsys.readouterr().out
-    for command in ("up", "down", "status", "doctor", "deploy", "undeploy", "keys", "chat", "train"):
+    for command in ("up", "down", "status", "doctor", "deploy", "undeploy", "adapters", "keys", "chat", "train"):
         assert f" {command} " in printed
 
 
@@ -184,3 +190,38 @@ def test_chat_says_when_nothing_answers() -> None:
 def test_chat_lets_no_answer_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert chat._print_all(iter(["a\x1b[2J", "b\n"])) == "a\x1b[2Jb\n"
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_adapters_are_added_listed_and_removed(capsys: pytest.CaptureFixture[str], home: Path, tmp_path: Path) -> None:
+    base = build("llama", tmp_path / "base")
+    directory = plain_adapter(base, tmp_path / "adapter", targets=["q_proj"])
+    with opened_store(settings.load()) as store:
+        Desired(store).put(Deployment("chat", str(base)))
+    assert run(["adapters", "add", "german", "--base", "chat", "--path", str(directory)]) == 0
+    assert "chat:german" in capsys.readouterr().out
+    assert run(["adapters", "list", "--json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)
+    assert listed["model"] == "chat:german"
+    kept = home / "library" / "objects" / listed["address"] / "files"
+    assert sorted(path.name for path in kept.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert run(["adapters", "remove", "german", "--base", "chat"]) == 0
+    assert run(["adapters", "remove", "german", "--base", "chat"]) == 1
+    capsys.readouterr()
+    assert run(["adapters", "list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_an_adapter_that_does_not_fit_is_not_kept(capsys: pytest.CaptureFixture[str], home: Path, tmp_path: Path) -> None:
+    base = build("llama", tmp_path / "base")
+    directory = plain_adapter(base, tmp_path / "adapter", targets=["q_proj"])
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 8, "use_dora": true}')
+    with opened_store(settings.load()) as store:
+        Desired(store).put(Deployment("chat", str(base)))
+    for name, of, path, reason in (
+        ("german", "chat", str(directory), "use_dora"),
+        ("german", "other", str(directory), "other"),
+        ("german", "chat", str(tmp_path / "nowhere"), "no directory"),
+    ):
+        assert run(["adapters", "add", name, "--base", of, "--path", path]) == 1
+        assert reason in capsys.readouterr().err
+    assert not (home / "library").exists()

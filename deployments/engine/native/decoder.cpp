@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "int8.h"
 #include "linear.h"
+#include "low_rank.h"
 #include "meeting.h"
 #include "norm.h"
 #include "team.h"
@@ -81,7 +82,10 @@ struct Step {
     float* logits;            // R x vocabulary; null in a stage before the last
     const float* stream_in;   // T x hidden, from the stage before; null: embeddings
     float* stream_out;        // T x hidden, for the next stage; null in the last
+    const int32_t* adapters;  // S: the slot of each sequence's adapter, 0: none; null: none has one
 };
+
+enum Product : int64_t { ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, NUM_PRODUCTS };  // of a layer
 
 enum Phase : int { EMBED, NORM, LINEAR, ROTARY, ATTENTION, REDUCE, LOGITS, NUM_PHASES };
 
@@ -104,6 +108,7 @@ class AnyDecoder {
   public:
     virtual ~AnyDecoder() = default;
     virtual int run(const Step& step) = 0;
+    virtual void put_adapter(int64_t slot, const Delta* deltas) = 0;
     Clock clock;
 };
 
@@ -112,9 +117,11 @@ class Decoder : public AnyDecoder {
     using Value = typename E::Value;
 
   public:
-    explicit Decoder(const Model& model) : m_(model), layers_(model.layers, model.layers + model.num_layers), team_(model.threads) {
+    explicit Decoder(const Model& model) : m_(model), layers_(model.layers, model.layers + model.num_layers), team_(model.threads), low_rank_(model.threads) {
         scratch_.resize(size_t(model.threads));
     }
+
+    void put_adapter(int64_t slot, const Delta* deltas) override { low_rank_.put(slot, deltas, m_.num_layers * NUM_PRODUCTS); }
 
     int run(const Step& step) override {
         try {
@@ -144,6 +151,8 @@ class Decoder : public AnyDecoder {
     Int8Rows eight_bits_;  // of what enters the next product, where weights are in eight bits
     std::vector<int64_t> positions_, sequences_;  // T
     std::vector<Tile> tiles_, wanted_tiles_;  // of every token, and of those alone whose logits are wanted
+    LowRank<E> low_rank_;
+    AdapterRows adapter_rows_, wanted_adapter_rows_;
     std::atomic<int> failure_ = 0;
 
     int64_t group() const { return m_.heads / m_.kv_heads; }
@@ -166,6 +175,8 @@ class Decoder : public AnyDecoder {
         grow(mixed_, tokens * m_.heads * m_.head_size);
         grow(gated_, tokens * gated_width());
         if (in_eight_bits()) eight_bits_.hold(tokens, std::max({m_.hidden, m_.heads * m_.head_size, gated_width()}));
+        adapter_rows_.clear();
+        wanted_adapter_rows_.clear();
         positions_.clear();
         sequences_.clear();
         tiles_.clear();
@@ -180,8 +191,15 @@ class Decoder : public AnyDecoder {
             for (int32_t token = 0; token < step.counts[sequence]; ++token) {
                 positions_.push_back(step.starts[sequence] + token);
                 sequences_.push_back(sequence);
+                if (step.adapters) adapter_rows_.slots.push_back(step.adapters[sequence]);
             }
         }
+        if (step.adapters)
+            for (int64_t row = 0; row < step.num_rows; ++row)
+                wanted_adapter_rows_.slots.push_back(adapter_rows_.slots[size_t(step.rows[row])]);
+        adapter_rows_.arrange();
+        wanted_adapter_rows_.arrange();
+        low_rank_.prepare(adapter_rows_);
     }
 
     // Tokens [first, end) of the step, all of one sequence.
@@ -202,7 +220,8 @@ class Decoder : public AnyDecoder {
         for (int64_t index = 0; index < m_.num_layers; ++index) {
             const Layer& layer = layers_[size_t(index)];
             const bool is_last = index + 1 == m_.num_layers, narrows = is_last && !step.stream_out;
-            project(layer.attention_in, step.num_tokens, rank);
+            const int64_t products = index * NUM_PRODUCTS;
+            project(layer.attention_in, {products + ATTENTION_IN, adapter_rows_}, step.num_tokens, rank);
             meet(rank, LINEAR);
             place(layer, step, rank);
             team_.reset_pieces();
@@ -212,11 +231,13 @@ class Decoder : public AnyDecoder {
             attention(layer, narrows ? wanted_tiles_ : tiles_, step, rank);
             meet(rank, ATTENTION);
             const int64_t count = narrows ? step.num_rows : step.num_tokens;
-            finish(layer.attention_out, mixed_.data(), layer.attention_norm, layer.mlp_input_norm, count, rank);
-            gate(layer.mlp_in, count, rank);
+            const AdapterRows& adapters = narrows ? wanted_adapter_rows_ : adapter_rows_;
+            finish(layer.attention_out, {products + ATTENTION_OUT, adapters}, mixed_.data(), layer.attention_norm,
+                   layer.mlp_input_norm, count, rank);
+            gate(layer.mlp_in, {products + MLP_IN, adapters}, count, rank);
             meet(rank, LINEAR);
             const float* after = is_last ? (narrows ? m_.final_norm : nullptr) : layers_[size_t(index + 1)].input_norm;
-            finish(layer.mlp_out, gated_.data(), layer.mlp_norm, after, count, rank);
+            finish(layer.mlp_out, {products + MLP_OUT, adapters}, gated_.data(), layer.mlp_norm, after, count, rank);
             if (failure_) return;
         }
         if (step.stream_out)
@@ -272,18 +293,41 @@ class Decoder : public AnyDecoder {
         for (int64_t row = rows.first; row < rows.last; ++row) eight_bits_.put<E>(row, x + row * width, width);
     }
 
-    // This member's panels of the product of a layer's matrix with rows x, which also stand in `eight_bits_` if the matrix does.
+    // Some panels of the product of a layer's matrix with rows x, which also stand in `eight_bits_` if the matrix does.
     template <class Take>
-    void product(const Matrix& matrix, const Value* x, int64_t num_rows, int rank, Take take) {
+    void product(const Matrix& matrix, const Value* x, int64_t num_rows, Range panels, Take take) {
         if (matrix.scales)
-            multiply(matrix, eight_bits_, num_rows, panels(matrix, rank), take);
+            multiply(matrix, eight_bits_, num_rows, panels, take);
         else
-            multiply<E>(matrix, x, matrix.inputs, num_rows, panels(matrix, rank), take);
+            multiply<E>(matrix, x, matrix.inputs, num_rows, panels, take);
     }
 
-    void project(const Matrix& matrix, int64_t num_rows, int rank) {
+    // What adapters change: a product of the model, by its number, for these rows.
+    struct Change {
+        int64_t product;
+        const AdapterRows& rows;
+    };
+
+    // This member's panels, with what the rows' adapters add. The threads meet once more only in steps with adapters.
+    template <class Take>
+    void adapted(const Matrix& matrix, const Change& change, const Value* x, int64_t num_rows, int rank, Take take) {
+        const Range mine = panels(matrix, rank);
+        if (!change.rows.any()) return product(matrix, x, num_rows, mine, take);
+        low_rank_.down(change.rows, change.product, x, matrix.inputs, rank, team_.size());
+        team_.barrier();
+        for (int64_t first = mine.first; first < mine.last; first += LowRank<E>::BLOCK) {
+            const Range block = {first, std::min(first + LowRank<E>::BLOCK, mine.last)};
+            low_rank_.up(change.rows, change.product, block, rank);
+            product(matrix, x, num_rows, block, [&](int64_t row, int64_t panel, float* sums) {
+                low_rank_.add(change.rows, change.product, row, panel - first, rank, sums);
+                take(row, panel, sums);
+            });
+        }
+    }
+
+    void project(const Matrix& matrix, const Change& change, int64_t num_rows, int rank) {
         const int64_t width = projected_width();
-        product(matrix, input_.data(), num_rows, rank, [&](int64_t row, int64_t panel, const float* sums) {
+        adapted(matrix, change, input_.data(), num_rows, rank, [&](int64_t row, int64_t panel, const float* sums) {
             std::copy_n(sums, std::min<int64_t>(PANEL, width - panel * PANEL), &projected_[row * width + panel * PANEL]);
         });
     }
@@ -346,23 +390,24 @@ class Decoder : public AnyDecoder {
         }
     }
 
-    void gate(const Matrix& matrix, int64_t num_rows, int rank) {
+    void gate(const Matrix& matrix, const Change& change, int64_t num_rows, int rank) {
         const int64_t width = gated_width();
-        product(matrix, input_.data(), num_rows, rank, [&](int64_t row, int64_t panel, const float* sums) {
+        adapted(matrix, change, input_.data(), num_rows, rank, [&](int64_t row, int64_t panel, const float* sums) {
             const Floats gates = activate(Activation(m_.activation), load<Floats>(sums));
             E::narrow(&gated_[row * width + panel * LANES], gates * load<Floats>(sums + LANES));
         });
     }
 
     // The end of a half layer: product, sum over ranks, its own norm if it has one, into the stream, and the next half's norm.
-    void finish(const Matrix& matrix, const Value* x, const float* own_norm, const float* next_norm, int64_t num_rows, int rank) {
+    void finish(const Matrix& matrix, const Change& change, const Value* x, const float* own_norm, const float* next_norm,
+                int64_t num_rows, int rank) {
         const bool direct = !shared() && !own_norm;
         float* to = direct ? stream_.data() : part_.data();
         if (matrix.scales) {
             quantize(x, matrix.inputs, Range::part(num_rows, rank, team_.size()));
             meet(rank, NORM);
         }
-        product(matrix, x, num_rows, rank, [&](int64_t row, int64_t panel, const float* sums) {
+        adapted(matrix, change, x, num_rows, rank, [&](int64_t row, int64_t panel, const float* sums) {
             float* out = to + row * m_.hidden + panel * PANEL;
             const int64_t count = std::min<int64_t>(PANEL, m_.hidden - panel * PANEL);
             for (int64_t i = 0; i < count; i += LANES) {
@@ -411,6 +456,11 @@ extern "C" {
 void* mmaas_decoder_new(const mmaas::Model* model) {
     if (model->is_float32) return new mmaas::Decoder<mmaas::Float32>(*model);
     return new mmaas::Decoder<mmaas::BFloat16>(*model);
+}
+
+// Between two steps. `deltas`, four for each layer, must live until the slot has others; null empties it.
+void mmaas_decoder_put_adapter(void* decoder, int64_t slot, const mmaas::Delta* deltas) {
+    static_cast<mmaas::AnyDecoder*>(decoder)->put_adapter(slot, deltas);
 }
 
 int mmaas_decoder_run(void* decoder, const mmaas::Step* step) { return static_cast<mmaas::AnyDecoder*>(decoder)->run(*step); }

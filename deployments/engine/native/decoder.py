@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deployments.engine.adapters import AdapterPart
 from deployments.engine.batch import Batch
 from deployments.engine.handover import Handover
-from deployments.engine.native import packing
+from deployments.engine.native import low_rank, packing
 from deployments.engine.native.build import library
 from deployments.engine.native.description import Description, LayerDescription
+from deployments.engine.native.low_rank import PackedAdapter, products_of
 from deployments.engine.native.meeting import Meeting
 from deployments.engine.native.packing import PANEL, Arena, CMatrix, interleave, joined, pack, packed_bytes, padded, unsigned
 
@@ -67,7 +69,7 @@ class _Step(ctypes.Structure):
     _fields_ = [
         *[(name, _Pointer) for name in ("tokens", "starts", "counts", "tables", "rows")],
         *[(name, _Int) for name in ("num_tokens", "num_sequences", "num_rows", "width")],
-        *[(name, _Pointer) for name in ("logits", "stream_in", "stream_out")],
+        *[(name, _Pointer) for name in ("logits", "stream_in", "stream_out", "adapters")],
     ]
 
 
@@ -93,6 +95,8 @@ class Decoder:
         self._all_reduce = None if isinstance(wire, Meeting) else wire
         self._failure: BaseException | None = None
         self._kept: list[Any] = []  # what the decoder has addresses of
+        self._products = products_of(model.layers, model.hidden, model.first_layer)
+        self._adapters: dict[int, PackedAdapter] = {}  # by slot
         self._arena = Arena(_total_bytes(model))
         pages = num_blocks * block_size * model.kv_heads * model.head_size
         # A page that was never written costs nothing: numpy's zeros are the kernel's.
@@ -111,7 +115,9 @@ class Decoder:
         )
         rows = np.ascontiguousarray(batch.rows, np.int64)
         arrays = [array.ctypes.data for array in (tokens, starts, counts, tables, rows)]
+        adapters = np.ascontiguousarray(batch.adapters, np.int32)
         step = _Step(*arrays, len(tokens), len(starts), len(rows), tables.shape[1])
+        step.adapters = adapters.ctypes.data if len(adapters) else None
         width, is_first, is_last = self._model.hidden, self._model.embeddings is not None, self._model.head is not None
         if not is_first:
             assert self._handover, "a stage needs somebody to get hidden states from"
@@ -125,6 +131,16 @@ class Decoder:
         assert self._handover, "a stage needs somebody to give hidden states to"
         self._handover.give(out)
         return out[torch.from_numpy(rows)]
+
+    def pack_adapter(self, part: AdapterPart) -> PackedAdapter:
+        return PackedAdapter(self._products, part, self._library)
+
+    def put_adapter(self, slot: int, packed: PackedAdapter | None) -> None:
+        self._library.mmaas_decoder_put_adapter(self._handle, slot, packed.deltas if packed else None)
+        if packed:
+            self._adapters[slot] = packed
+        else:
+            self._adapters.pop(slot, None)
 
     def profile(self) -> dict[str, float]:
         """Seconds in each kind of work so far."""
@@ -227,6 +243,7 @@ class Decoder:
 
 def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     packing.declare(loaded)
+    low_rank.declare(loaded)
     loaded.mmaas_decoder_new.restype = _Pointer
     loaded.mmaas_decoder_new.argtypes = [ctypes.POINTER(_Model)]
     loaded.mmaas_decoder_run.argtypes = [_Pointer, ctypes.POINTER(_Step)]

@@ -87,6 +87,7 @@ class Description:
     """A model, or one stage of it, in the decoder's terms. Sizes are this rank's."""
 
     layers: list[LayerDescription]
+    first_layer: int  # its number in the whole model
     dtype: torch.dtype
     hidden: int
     heads: int
@@ -133,6 +134,7 @@ def describe(model: nn.Module, calls: dict[int, AttentionCall], rank: int, max_p
     embeddings = getattr(body.embed_tokens, "weight", None)
     found = Description(
         layers=layers,
+        first_layer=min(calls),
         dtype=(dtype := next(model.parameters()).dtype),
         hidden=config.hidden_size,
         heads=call.heads,

@@ -136,6 +136,7 @@ class Model(TypedDict):
     object: Literal["model"]
     created: int
     owned_by: str
+    parent: NotRequired[str]  # of an adapter: its base
 
 
 class ModelList(TypedDict):

@@ -1,28 +1,35 @@
-"""GET /v1/models and /v1/models/{model}: the served models as the OpenAI API lists them."""
+"""GET /v1/models and /v1/models/{model}: the served models, and their adapters, as the OpenAI API lists them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from cluster.errors import ModelNotFound
-from cluster.types import Deployment
+from cluster.types import Adapter, Deployment
 from deployments.gateway.openai.answers import Model, ModelList
 
 OWNER = "mmaas"
 
 
-def listing(deployments: Iterable[Deployment]) -> ModelList:
-    return {"object": "list", "data": [card(deployment) for deployment in deployments]}
+def listing(deployments: Iterable[Deployment], adapters: Iterable[Adapter] = ()) -> ModelList:
+    return {"object": "list", "data": [*map(card, deployments), *map(card, adapters)]}
 
 
-def card(deployment: Deployment) -> Model:
-    return {"id": deployment.name, "object": "model", "created": int(deployment.created_at), "owned_by": OWNER}
+def card(served: Deployment | Adapter) -> Model:
+    if isinstance(served, Adapter):
+        return {**_card(served.model, served.created_at), "parent": served.base}
+    return _card(served.name, served.created_at)
 
 
-def find(deployments: Iterable[Deployment], name: str) -> Deployment:
+def find(deployments: Iterable[Deployment], adapters: Iterable[Adapter], name: str) -> Deployment | Adapter:
     """Raises ModelNotFound that says what there is."""
-    served = {deployment.name: deployment for deployment in deployments}
+    served: dict[str, Deployment | Adapter] = {deployment.name: deployment for deployment in deployments}
+    known = ", ".join(sorted(served)) or "none yet"
+    served |= {adapter.model: adapter for adapter in adapters}
     if name in served:
         return served[name]
-    known = ", ".join(sorted(served)) or "none yet"
     raise ModelNotFound(f"The model {name[:256]!r} does not exist. Served models: {known}.", param="model")
+
+
+def _card(name: str, created_at: float) -> Model:
+    return {"id": name, "object": "model", "created": int(created_at), "owned_by": OWNER}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
+from cluster.types import Adapter
 from tests.deployments.gateway.conftest import Server
 
 
@@ -109,3 +110,22 @@ def test_lists_and_retrieves_models(client: openai.OpenAI) -> None:
             client.models.retrieve(name)
         assert missing.value.code == "model_not_found"
         assert "echo" in missing.value.message
+
+
+def test_adapters_are_listed_with_their_base_and_answer_by_their_name(server: Server, client: openai.OpenAI) -> None:
+    server.models.adapted = [Adapter("echo", "german", "0" * 64, 1_700_000_001.0)]
+    assert [(m.id, getattr(m, "parent", None)) for m in client.models.list()] == [("echo", None), ("echo:german", "echo")]
+    assert client.models.retrieve("echo:german").created == 1_700_000_001
+    answer = client.completions.create(model="echo:german", prompt="a b")
+    assert (answer.model, answer.choices[0].text) == ("echo:german", "a b")
+
+
+@pytest.mark.parametrize(
+    "name", ["echo:french", "echo:", ":german", "echo:german:german", "german", "echo:../german", "ECHO:german"]
+)
+def test_an_adapter_that_nobody_added_is_a_model_that_does_not_exist(server: Server, client: openai.OpenAI, name: str) -> None:
+    server.models.adapted = [Adapter("echo", "german", "0" * 64)]
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(model=name, prompt="a b")
+    assert missing.value.code == "model_not_found"
+    assert missing.value.param == "model"
