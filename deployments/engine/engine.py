@@ -157,8 +157,8 @@ class Engine:
         if not slices:
             return []
         if self.speculation:
-            drafts = self.speculation.drafts(slices)
-            slices = self.scheduler.extend(slices, [_fitting(*pair) for pair in zip(slices, drafts, strict=True)])
+            drafts = [self._guesses(*pair) for pair in zip(slices, self.speculation.drafts(slices), strict=True)]
+            slices = self.scheduler.extend(slices, drafts)
         batch = Batch.of(slices)
         model_began = self.clock()
         logits = self.execute(batch)
@@ -213,6 +213,13 @@ class Engine:
         allowed = self.grammars.allowed(list(matchers.values()), width)
         return {row: allowed[place] for place, (row, matcher) in enumerate(matchers.items()) if not matcher.has_failed}
 
+    def _guesses(self, item: Slice, draft: list[int]) -> list[int]:
+        """What a grammar forces is a guess that can't be wrong; else the guesses up to the first that it forbids."""
+        matcher = item.sequence.matcher
+        if matcher is None or not item.samples or item.count > 1 or self.speculation is None:
+            return draft
+        return matcher.forced(self.speculation.room(item)) or draft[: matcher.fitting(draft)]
+
     def _take(self, sequence: Sequence, sampled: Sampled) -> Output:
         if sequence.matcher and sequence.matcher.has_failed:
             sequence.finish_reason = "error"
@@ -253,12 +260,6 @@ class Engine:
         sequences.remove(sequence)
         if not sequences:
             del self._requests[sequence.request_id]
-
-
-def _fitting(item: Slice, draft: list[int]) -> list[int]:
-    """The guesses up to the first that the sequence's grammar forbids."""
-    matcher = item.sequence.matcher
-    return draft[: matcher.fitting(draft)] if matcher and draft else draft
 
 
 def _composition(slices: Items[Slice]) -> tuple[int, int]:

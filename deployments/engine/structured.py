@@ -133,8 +133,8 @@ class Grammars:
         allowed = np.zeros((len(matchers), max(width, 32 * words)), np.bool_)
         allowed[:, : 32 * words] = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")
         allowed = allowed[:, :width]
-        for matcher, any_allowed in zip(matchers, allowed.any(1).tolist(), strict=True):
-            if not any_allowed or matcher.state is None or matcher.state.is_error():  # its mask is that of a finished one
+        for matcher, row in zip(matchers, allowed, strict=True):
+            if not row.any() or matcher.state is None or matcher.state.is_error():  # its mask is that of a finished one
                 matcher.fail()
                 self._kept.pop(matcher.constraint, None)  # what is full may be the lexer, which others share
         return allowed
