@@ -19,7 +19,7 @@ LOOK_S = 0.001
 
 def lead(shard: Shard, path: str) -> None:
     """Serve the replica that listens at `path`. Raises what breaks the group; returns when the replica is gone."""
-    grammars = Grammars(shard.spec.directory, threads=shard.spec.threads)
+    grammars = Grammars(shard.spec.directory)
     engine = Engine.of(shard.execute, shard.spec.num_blocks, shard.spec.settings, grammars)
     compiling = Compiling(grammars)
     with LeaderEnd(path) as wire, contextlib.suppress(ConnectionError):  # which only the replica's end gives

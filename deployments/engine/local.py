@@ -74,7 +74,7 @@ class LocalEngine:
 
     def _lead(self, spec: ShardSpec) -> None:
         self.shard = Shard(spec)
-        self.engine = Engine.of(self.shard.execute, spec.num_blocks, spec.settings, Grammars(spec.directory, threads=spec.threads))
+        self.engine = Engine.of(self.shard.execute, spec.num_blocks, spec.settings, Grammars(spec.directory))
         self.info = spec.model
 
     def generate(
