@@ -9,7 +9,7 @@ RUN := $(VENV)/.run-stamp
 DEV := $(VENV)/.dev-stamp
 LOCK := pyproject.toml constraints.txt
 
-.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak clean help
+.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak bench-structured clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -67,6 +67,9 @@ bench-long-context: $(DEV)  ## speed and memory as the context grows to 8,192 to
 
 bench-flatness: $(DEV)  ## time between tokens while a long prompt enters
 	$(BIN)/python -m bench.flatness
+
+bench-structured: $(DEV)  ## what holding answers to a schema costs
+	$(BIN)/python -m bench.structured
 
 bench-step-profile: $(DEV)  ## where the time of a decode step goes
 	$(BIN)/python -m bench.step_profile

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from cluster.types import Chunk, Delta, FinishReason, TokenLogprob, TopLogprob, Usage
 from deployments.engine.detokenizer import Detokenizer
-from deployments.engine.engine import Output, Request
+from deployments.engine.engine import NO_TOKEN, Output, Request
 from deployments.engine.tokenizer import Tokenizer
 
 
@@ -42,6 +42,7 @@ class Answer:
 
     def _delta(self, index: int, outputs: list[Output]) -> Delta:
         detokenizer, reason = self._texts[index], outputs[-1].finish_reason
+        outputs = [output for output in outputs if output.token != NO_TOKEN]
         news = detokenizer.push([output.token for output in outputs])
         text = news.text
         if reason and not news.stopped:
@@ -54,7 +55,9 @@ class Answer:
 
     def _closed(self, index: int, outputs: list[Output], text: str, reason: FinishReason | None) -> Delta:
         self._num_tokens += len(outputs)
-        self._num_cached = max(self._num_cached, *(output.cached for output in outputs)) if index == 0 else self._num_cached
+        self._num_cached = (
+            max(self._num_cached, *(output.cached for output in outputs)) if index == 0 and outputs else self._num_cached
+        )
         if reason:
             self._open.discard(index)
         logprobs = tuple(self._logprob(output) for output in outputs if output.logprob is not None)

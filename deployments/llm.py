@@ -27,6 +27,7 @@ from cluster.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Un
 from cluster.settings import Settings
 from cluster.types import Chunk, Delta, Deployment, Generate, Usage
 from deployments.adapters import Adapters, finder
+from deployments.admission import Admission
 from deployments.answer import Answer
 from deployments.engine.checkpoint import inspect
 from deployments.engine.defaults import sampling_defaults
@@ -66,6 +67,7 @@ class LLM:
         )
         self._tokenizer = await asyncio.to_thread(Tokenizer.load, path)
         self._defaults = sampling_defaults(path)
+        self._admission = Admission(path)
         blocks = num_blocks(self._model, engine)
         self._room = min(self._model.max_model_len, blocks * engine.block_size)
         ranks = deployment.tp * deployment.pp
@@ -164,6 +166,8 @@ class LLM:
         for token, _ in sampling.logit_bias:
             if not 0 <= token < self._model.vocab_size:
                 raise InvalidRequest(f"logit_bias names token {token}; the model has {self._model.vocab_size}.", param="logit_bias")
+        if sampling.constraint:
+            await self._admission.admit(sampling.constraint, self._opaque(call.tenant, b"flow"))
         stop_ids = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(self._tokenizer.eos_ids))
         return Request(
             id=self._group.engine.next_id(),

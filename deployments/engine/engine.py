@@ -19,18 +19,20 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cluster.settings import EngineSettings
-from cluster.types import FinishReason, Priority, Sampling
+from cluster.types import Constraint, FinishReason, Priority, Sampling
 from deployments.engine.batch import Batch
 from deployments.engine.blocks import BlockPool
 from deployments.engine.chunking import Chunking
 from deployments.engine.scheduler import Scheduler, Slice
 from deployments.engine.sequence import Sequence
 from deployments.engine.speculation import Speculation
+from deployments.engine.structured import Grammars
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.sampler import Choose, Sampled
+    from deployments.engine.structured import Allowed, Matcher
 
 Execute = Callable[[Batch], "Tensor"]
 Launch = Callable[[Batch], None]
@@ -41,6 +43,9 @@ class AdapterUse(msgspec.Struct, frozen=True, array_like=True):
 
     slot: int
     digest: bytes
+
+NO_TOKEN = -1
+"""In the place of a token that couldn't be chosen: the output says no more than that its choice ends with an error."""
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -113,6 +118,7 @@ class Engine:
     chunking: Chunking
     speculation: Speculation | None = None
     choose: Choose | None = None  # None: the sampler's own
+    grammars: Grammars | None = None
     clock: Callable[[], float] = time.perf_counter
     launch: Launch = lambda batch: None
     _flights: deque[Flight] = field(default_factory=deque)  # the oldest first
@@ -127,6 +133,7 @@ class Engine:
         settings: EngineSettings,
         *,
         choose: Choose | None = None,
+        grammars: Grammars | None = None,
         launch: Launch = lambda batch: None,
         depth: int = 1,
     ) -> Engine:
@@ -140,7 +147,7 @@ class Engine:
         )
         speculation = Speculation(settings.speculation) if settings.speculation else None
         chunking = Chunking(settings.max_batch_tokens, settings.step_target_ms / 1e3 / depth)  # who reads waits for all of them
-        return cls(execute, scheduler, chunking, speculation, choose, launch=launch)
+        return cls(execute, scheduler, chunking, speculation, choose, grammars, launch=launch)
 
     @property
     def has_work(self) -> bool:
@@ -165,10 +172,17 @@ class Engine:
                 adapter=slot,
                 priority=request.priority,
                 leader=leader,
+                matcher=self._matcher(request.sampling.constraint),
             )
             leader = leader or sequence
             sequences.append(sequence)
             self.scheduler.add(sequence)
+
+    def _matcher(self, constraint: Constraint | None) -> Matcher | None:
+        if constraint is None:
+            return None
+        assert self.grammars, "an engine without grammars was asked for an answer of a certain form"
+        return self.grammars.matcher(constraint)
 
     def abort(self, request_id: int, index: int | None = None) -> None:
         """Stop one choice of a request, or all. Its blocks are free when this returns; unknown requests are long finished."""
@@ -199,7 +213,8 @@ class Engine:
         if not slices:
             return False
         if self.speculation:
-            slices = self.scheduler.extend(slices, self.speculation.drafts(slices))
+            drafts = [self._guesses(*pair) for pair in zip(slices, self.speculation.drafts(slices), strict=True)]
+            slices = self.scheduler.extend(slices, drafts)
         self.scheduler.launch(slices)
         flight = Flight(slices, Batch.of(slices))
         self.launch(flight.batch)
@@ -252,13 +267,32 @@ class Engine:
         going, place = [pair for pair in zip(slices, rows, strict=True) if pair[0].sequence in self.scheduler.running], 0
         while going:
             wanted = logits if len(going) == len(logits) else logits[[row + place for _, row in going]]
-            chosen = sampler.sample(wanted, [item.sequence for item, _ in going], choose)
+            sequences = [item.sequence for item, _ in going]
+            chosen = sampler.sample(wanted, sequences, choose, self._allowed(sequences, wanted.shape[1]))
             outputs += [self._take(item.sequence, token) for (item, _), token in zip(going, chosen, strict=True)]
             going = [(item, row) for item, row in going if self._goes_on(item, place)]
             place += 1
         return outputs
 
+    def _allowed(self, sequences: Items[Sequence], width: int) -> dict[int, Allowed]:
+        """By row, which tokens the grammars of constrained sequences let follow."""
+        matchers = {row: sequence.matcher for row, sequence in enumerate(sequences) if sequence.matcher}
+        if not matchers or not self.grammars:
+            return {}
+        allowed = self.grammars.allowed(list(matchers.values()), width)
+        return {row: allowed[place] for place, (row, matcher) in enumerate(matchers.items()) if not matcher.has_failed}
+
+    def _guesses(self, item: Slice, draft: list[int]) -> list[int]:
+        """What a grammar forces is a guess that can't be wrong; else the guesses up to the first that it forbids."""
+        matcher = item.sequence.matcher
+        if matcher is None or not item.samples or item.count > 1 or self.speculation is None:
+            return draft
+        return matcher.forced(self.speculation.room(item)) or draft[: matcher.fitting(draft)]
+
     def _take(self, sequence: Sequence, sampled: Sampled) -> Output:
+        if sequence.matcher and sequence.matcher.has_failed:
+            sequence.finish_reason = "error"
+            return Output(sequence.request_id, sequence.index, NO_TOKEN, finish_reason="error")
         first = sequence.num_output == 0
         sequence.append(sampled.token)
         cached = sequence.num_cached if first else 0

@@ -17,10 +17,11 @@ from cluster.settings import EngineSettings
 from cluster.types import FinishReason, Quantization, Sampling
 from deployments.engine.adapter_files import content_digest
 from deployments.engine.checkpoint import inspect
-from deployments.engine.engine import AdapterUse, Engine, Output, Request
+from deployments.engine.engine import NO_TOKEN, AdapterUse, Engine, Output, Request
 from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, ReadAdapter
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import Shard, ShardSpec, num_blocks
+from deployments.engine.structured import Grammars
 
 
 @dataclass(slots=True)
@@ -85,6 +86,7 @@ class LocalEngine:
             spec.num_blocks,
             spec.settings,
             choose=self.shard.choose,
+            grammars=Grammars(spec.directory),
             launch=self.shard.launch,
             depth=self.shard.depth,
         )
@@ -169,8 +171,9 @@ class LocalEngine:
     def _take(result: Generation, output: Output) -> None:
         now = time.perf_counter() - result.started_at
         result.first_token_s = result.first_token_s or now
-        result.token_ids.append(output.token)
-        result.token_times_s.append(now)
+        if output.token != NO_TOKEN:
+            result.token_ids.append(output.token)
+            result.token_times_s.append(now)
         result.cached_tokens += output.cached
         if output.logprob is not None:
             result.logprobs.append(output.logprob)

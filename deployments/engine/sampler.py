@@ -1,7 +1,8 @@
 """From logits to tokens, for a whole step at once. Runs on rank 0 only.
 
 Order, as in transformers and vLLM: repetition, frequency and presence penalties and logit bias -> greedy, or temperature ->
-top-k -> top-p -> min-p -> a draw. Log probabilities are those of the model itself, before any of it, as the OpenAI API has them.
+top-k -> top-p -> min-p -> a draw. What a grammar forbids is -inf behind penalties and bias, so that none can lift it. Log
+probabilities are those of the model itself, before any of it, as the OpenAI API has them.
 
 A draw takes the token at which the sum of the probabilities, in the order of the vocabulary, passes a number between 0 and 1. That
 number is a function of the sequence's seed and the token's place alone, so that neither batch-mates nor a preemption changes an
@@ -10,7 +11,7 @@ answer. `choose` is the readable form of `native/sampling.cpp`, and serves where
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from cluster.types import Sampling
 from deployments.engine.sequence import Sequence
+from deployments.engine.structured import Allowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +51,18 @@ def choose(logits: Tensor, sequences: Items[Sequence]) -> list[int]:
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, sequences: Items[Sequence], choose: Choose = choose) -> list[Sampled]:
-    """`R x V` logits, one row for each sequence. May change `logits`."""
+def sample(
+    logits: Tensor, sequences: Items[Sequence], choose: Choose = choose, allowed: Mapping[int, Allowed] | None = None
+) -> list[Sampled]:
+    """`R x V` logits, one row for each sequence. May change `logits`. `allowed` says, by row, which of the V tokens may be chosen
+    where not all may."""
     reports = {row: s.sampling.logprobs for row, s in enumerate(sequences) if s.sampling.logprobs is not None}
     raw = logits[list(reports)].float() if reports else logits
     for row, sequence in enumerate(sequences):
         if _is_adjusted(sequence.sampling) or _bans_stop(sequence):
             logits[row] = adjust(logits[row], sequence)
+    if allowed:
+        forbid(logits, sequences, allowed)
     tokens = choose(logits, sequences)
     if not reports:
         return [Sampled(token) for token in tokens]
@@ -80,6 +87,15 @@ def adjust(row: Tensor, sequence: Sequence) -> Tensor:
     if _bans_stop(sequence):
         row[list(sequence.stop_ids)] = -torch.inf
     return row
+
+
+def forbid(logits: Tensor, sequences: Items[Sequence], allowed: Mapping[int, Allowed]) -> None:
+    """-inf in `logits` for every token that isn't allowed in its row. A row in which only tokens are allowed that may not come yet
+    (`min_tokens`) gets one of them all the same: no answer is longer than its grammar."""
+    for row, kept in allowed.items():
+        logits[row].masked_fill_(torch.from_numpy(~kept), -torch.inf)
+        if _bans_stop(sequences[row]) and logits[row].max() == -torch.inf:
+            logits[row, torch.from_numpy(kept)] = 0.0
 
 
 def draw(logits: Tensor, sequences: Items[Sequence]) -> list[int]:

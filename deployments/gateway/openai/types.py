@@ -9,12 +9,15 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import Field, StringConstraints, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from cluster.errors import InvalidRequest
-from cluster.types import Priority, Sampling
+from cluster.types import Constraint, Priority, Sampling
 from deployments.gateway import errors
+from deployments.gateway.openai import forms
+from deployments.gateway.openai.bounded import Bounded
+from deployments.gateway.openai.forms import ResponseFormat, StructuredOutputs
 
 MAX_N = 16
 MAX_PROMPTS = 128
@@ -31,18 +34,14 @@ Stops = Annotated[
 """One stop string or up to four; always a list once it is read."""
 
 
-class _Bounded(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True, hide_input_in_errors=True)
+Request = TypeVar("Request", bound=Bounded)
 
 
-Request = TypeVar("Request", bound=_Bounded)
-
-
-class StreamOptions(_Bounded):
+class StreamOptions(Bounded):
     include_usage: bool | None = None
 
 
-class Sampled(_Bounded):
+class Sampled(Bounded):
     """What chat and text completions have in common."""
 
     model: str = Field(min_length=1, max_length=256)
@@ -62,6 +61,12 @@ class Sampled(_Bounded):
     stop: Stops | None = None
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=128)
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = Field(default=None, description="vLLM's older name for structured_outputs.json.")
+    guided_regex: str | None = Field(default=None, description="For structured_outputs.regex.")
+    guided_choice: list[str] | None = Field(default=None, description="For structured_outputs.choice.")
+    guided_grammar: str | None = Field(default=None, description="For structured_outputs.grammar.")
     service_tier: Literal["auto", "default", "flex"] | None = None
     """`flex` is the class of service that yields to others. None is above the usual one, so that `priority` is refused."""
     logit_bias: dict[Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
@@ -126,10 +131,15 @@ class Sampled(_Bounded):
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             logprobs=logprobs,
             n=self.choices,
+            constraint=self._constraint(),
         )
 
+    def _constraint(self) -> Constraint | None:
+        older = {name: value for name in forms.KINDS if (value := getattr(self, f"guided_{name}", None)) is not None}
+        return forms.constraint(self.response_format, self.structured_outputs, older)
 
-class TextPart(_Bounded):
+
+class TextPart(Bounded):
     type: Literal["text"]
     text: str
 
@@ -142,7 +152,7 @@ Parts = Annotated[
 """What a message says: a string in the document and on the wire, or text parts; always parts once it is read."""
 
 
-class ChatMessage(_Bounded):
+class ChatMessage(Bounded):
     """One turn. Text only; calls of tools and their results are refused, because the model would not see them."""
 
     role: Literal["developer", "system", "user", "assistant"]
