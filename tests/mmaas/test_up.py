@@ -119,9 +119,11 @@ def test_changing_how_a_running_model_is_served_applies_again(loaded: settings.S
     assert platform.applied == 1
     run(loaded, platform, Asked(str(tmp_path), name="m", tp=2))
     assert platform.applied == 2
+    run(loaded, platform, Asked(str(tmp_path), name="m", tp=2, pp=3))
+    assert (platform.applied, [(d.tp, d.pp) for d in wanted(loaded)]) == (3, [(2, 3)])
 
 
-@pytest.mark.parametrize("asked", [Asked(tp=2), Asked("/nowhere/at/all"), Asked("/", name="No Name")])
+@pytest.mark.parametrize("asked", [Asked(tp=2), Asked(pp=2), Asked("/nowhere/at/all"), Asked("/", name="No Name")])
 def test_what_can_not_be_meant_is_refused(loaded: settings.Settings, asked: Asked) -> None:
     with pytest.raises(InvalidRequest):
         run(loaded, FakePlatform(), asked)
