@@ -9,7 +9,7 @@ RUN := $(VENV)/.run-stamp
 DEV := $(VENV)/.dev-stamp
 LOCK := pyproject.toml constraints.txt
 
-.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak bench-structured clean help
+.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak bench-structured bench-stages clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -76,6 +76,9 @@ bench-step-profile: $(DEV)  ## where the time of a decode step goes
 
 bench-lora: $(DEV)  ## what LoRA adapters cost, by their number
 	$(BIN)/python -m bench.lora
+
+bench-stages: $(DEV)  ## two pipeline stages beside two tensor parts
+	$(BIN)/python -m bench.stages
 
 soak: $(DEV)  ## 20,000 requests of every kind; nothing may be left of them
 	$(BIN)/python -m bench.soak

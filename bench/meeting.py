@@ -145,7 +145,7 @@ def _calls(rendezvous: Rendezvous) -> dict[str, dict[str, Call]]:
     from deployments.engine.native.meeting import Meeting
     from deployments.engine.wire import Gloo, all_agree, join
 
-    ours = join(rendezvous, EngineSettings().cache)
+    ours = join(rendezvous, EngineSettings().cache).stage
     if not isinstance(ours, Meeting):
         raise SystemExit("ranks can't share memory here; the log above says why")
     gloo = Gloo()

@@ -24,12 +24,12 @@ from ray import serve
 from cluster import ingress, raynode
 from cluster import log as logs
 from cluster.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
-from cluster.settings import Settings
+from cluster.settings import EngineSettings, Settings
 from cluster.types import Chunk, Delta, Deployment, Generate, Usage
 from deployments.adapters import Adapters, finder
 from deployments.admission import Admission
 from deployments.answer import Answer
-from deployments.engine.checkpoint import inspect
+from deployments.engine.checkpoint import ModelInfo, inspect
 from deployments.engine.defaults import sampling_defaults
 from deployments.engine.engine import Request
 from deployments.engine.rendezvous import Rendezvous
@@ -196,17 +196,21 @@ def is_long(call: Generate) -> bool:
     return len(call.prompt or "") + sum(len(message.content) for message in call.messages) > INLINE_CHARS
 
 
-def bundles(deployment: Deployment, cpus_per_shard: float) -> list[dict[str, float]]:
-    """What a replica reserves. A bundle is always on one node: one for each stage keeps its shards together, and bundles go to
-    other nodes when one has no room. Without stages a bundle for each shard: a model of one stage may be torn, if it must."""
-    if deployment.pp > 1:
-        return [{"CPU": cpus_per_shard * deployment.tp}] * deployment.pp
-    return [{"CPU": cpus_per_shard}] * deployment.tp
+def bundles(deployment: Deployment, model: ModelInfo, engine: EngineSettings) -> list[dict[str, float]]:
+    """What a replica reserves. A bundle is always on one node: one for each stage keeps its shards together, and stages go to other
+    nodes when one has not the cores, or not the memory for weights, keys and values. Without stages there is a bundle for each
+    shard, so a layer may be torn over nodes, if it must."""
+    if deployment.pp == 1:
+        return [{"CPU": engine.cpus_per_shard}] * deployment.tp
+    cached = num_blocks(model, engine) * engine.block_size * model.kv_bytes_per_token
+    memory = float((model.weight_bytes + cached) // deployment.pp)
+    return [{"CPU": engine.cpus_per_shard * deployment.tp, "memory": memory}] * deployment.pp
 
 
 def build(deployment: Deployment, directory: str, digest: str, cache_secret: bytes, settings: Settings) -> serve.Application:
     """The Serve application of one model. Replicas need the bundles that `bundles` says."""
     engine = settings.engine
+    model = inspect(directory, tp=deployment.tp, pp=deployment.pp, dtype=deployment.dtype, max_model_len=deployment.max_model_len)
     capacity = engine.max_sequences + engine.max_queued
     scaling: dict[str, Any] = {"num_replicas": deployment.min_replicas}
     if deployment.max_replicas > deployment.min_replicas:
@@ -220,7 +224,7 @@ def build(deployment: Deployment, directory: str, digest: str, cache_secret: byt
     options = serve.deployment(
         name="LLM",
         ray_actor_options={"num_cpus": 0},
-        placement_group_bundles=bundles(deployment, engine.cpus_per_shard),
+        placement_group_bundles=bundles(deployment, model, engine),
         placement_group_strategy="PACK",
         max_ongoing_requests=capacity + 16,  # the replica itself says no, in its own words, before Serve does
         max_queued_requests=capacity,

@@ -104,7 +104,7 @@ def join(rendezvous: Rendezvous, native: Path | None) -> Wires:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # ours does the same, and sleeps while it waits
     deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     place = rendezvous.place
-    stage = _stage_group(place)
+    stage = stage_group(place)
     meeting = _meet(rendezvous, native, stage) if place.tp > 1 else None
     dist.barrier()
     if meeting:
@@ -113,7 +113,7 @@ def join(rendezvous: Rendezvous, native: Path | None) -> Wires:
     return Wires(Line(place) if place.pp > 1 else among, among)
 
 
-def _stage_group(place: Place) -> Any:
+def stage_group(place: Place) -> Any:
     """The process group of this rank's stage, None where all ranks are one stage. DeepSpeed has one group for a process, made of
     the world's first ranks when it is first asked to cut; it takes one that is there already."""
     if place.pp == 1:

@@ -155,3 +155,13 @@ def test_a_directory_that_is_missing_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_the_password_is_not_printed() -> None:
     assert "geheim" not in str(Store("postgresql+psycopg://user:geheim@localhost/db"))
+
+
+def test_deployments_from_before_there_were_stages_have_one(store: Store) -> None:
+    store.downgrade("0001")
+    with store.begin() as connection:
+        columns, values = ", ".join(ROW), ", ".join(f":{name}" for name in ROW)
+        connection.execute(sa.text(f"INSERT INTO deployments ({columns}) VALUES ({values})"), ROW)
+    store.migrate()
+    with store.read() as connection:
+        assert connection.scalar(sa.select(deployments.c.pp)) == 1

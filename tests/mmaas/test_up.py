@@ -119,6 +119,8 @@ def test_changing_how_a_running_model_is_served_applies_again(loaded: settings.S
     assert platform.applied == 1
     run(loaded, platform, Asked(str(tmp_path), name="m", tp=2))
     assert platform.applied == 2
+    run(loaded, platform, Asked(str(tmp_path), name="m", tp=2, pp=3))
+    assert (platform.applied, [(d.tp, d.pp) for d in wanted(loaded)]) == (3, [(2, 3)])
 
 
 def test_quantised_weights_are_asked_for_by_name(loaded: settings.Settings, tmp_path: Path) -> None:
@@ -130,6 +132,7 @@ def test_quantised_weights_are_asked_for_by_name(loaded: settings.Settings, tmp_
     "asked",
     [
         Asked(tp=2),
+        Asked(pp=2),
         Asked(quantization="int8"),
         Asked("/", "m", quantization="int3"),
         Asked("/nowhere/at/all"),

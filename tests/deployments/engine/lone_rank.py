@@ -1,6 +1,7 @@
 """One rank of a group whose others aren't there: torch's fake backend lets collectives pass, which is enough to cut and to load.
 
-Run as a program it answers in JSON: `python -m tests.deployments.engine.lone_rank RANK SIZE WHAT ...`
+Run as a program it answers in JSON: `python -m tests.deployments.engine.lone_rank RANK SIZE WHAT ...`, where SIZE is the number of
+tensor parts, or `2x3` for two parts of each of three stages.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from deployments.engine.progress import Progress
 from deployments.engine.rendezvous import Rendezvous
 
 
-def join(rank: int, size: int) -> Any:
+def join(rank: int, size: int, pp: int = 1) -> Any:
     """A `Group` that believes in its other ranks; None for a size of 1."""
     if size == 1:
         return None
@@ -27,13 +28,15 @@ def join(rank: int, size: int) -> Any:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from deployments.engine.group import Group
-    from deployments.engine.wire import Gloo, Wires
+    from deployments.engine.wire import Gloo, Wires, stage_group
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed("fake", auto_mpi_discovery=False, verbose=False)
-    Group.wires = Wires(Gloo(), Gloo())
-    return Group(Rendezvous("file:///nowhere", rank, size, 60), native=None)
+    rendezvous = Rendezvous("file:///nowhere", rank, size, 60, pp)
+    among = Gloo(stage_group(rendezvous.place))
+    Group.wires = Wires(among, among)
+    return Group(rendezvous, native=None)
 
 
 def compare(dtype: str, directories: list[Path], group: Any) -> dict[str, Any]:
@@ -64,6 +67,18 @@ def compare(dtype: str, directories: list[Path], group: Any) -> dict[str, Any]:
     return found
 
 
+def hold(directories: list[Path], group: Any) -> dict[str, Any]:
+    """For each model: the numbers in this rank's weights, and where they came from."""
+    from deployments.engine.load import load
+
+    found = {}
+    for directory in directories:
+        progress = Progress()
+        model = load(directory, "float32", group, EngineSettings(cut_weights_bytes=0), progress)
+        found[directory.name] = {"held": sum(tensor.numel() for tensor in model.parameters()), "source": progress.now().source}
+    return found
+
+
 def tensors(model: Any) -> dict[str, Any]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 
@@ -90,6 +105,10 @@ def memory(field: str) -> int:
 if __name__ == "__main__":
     rank, size, what, *rest = sys.argv[1:]
     answer, sys.stdout = sys.stdout, sys.stderr  # DeepSpeed prints
-    group = join(int(rank), int(size))
-    found = measure(*map(Path, rest), group) if what == "measure" else compare(rest[0], [*map(Path, rest[1:])], group)
+    tp, _, pp = size.partition("x")
+    group = join(int(rank), int(tp) * int(pp or 1), int(pp or 1))
+    if what == "hold":
+        found = hold([*map(Path, rest)], group)
+    else:
+        found = measure(*map(Path, rest), group) if what == "measure" else compare(rest[0], [*map(Path, rest[1:])], group)
     json.dump(found, answer)

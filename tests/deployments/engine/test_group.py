@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from deployments.engine.rendezvous import Rendezvous
+from deployments.engine.wire import interface_of
 
 pytestmark = pytest.mark.timeout(240)
 LENGTHS = (1, 4095, 4096, 300_000)
@@ -90,3 +91,10 @@ def test_ranks_of_one_node_share_memory(cache: Path) -> None:
 @pytest.mark.parametrize("without", [0, 1])
 def test_one_rank_that_cannot_share_memory_leaves_all_to_gloo(cache: Path, without: int) -> None:
     check(meet(*(None if rank == without else cache for rank in range(2))), shares=False)
+
+
+def test_gloo_listens_where_the_node_is_known() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.9") is None, "no interface of this machine"
+    assert interface_of("") is None
+    assert interface_of("fd00::1") is None

@@ -18,14 +18,16 @@ from cluster.settings import EngineSettings
 from deployments.engine import copies, load
 from deployments.engine.census import take
 from deployments.engine.families import SHARDABLE
+from deployments.engine.layouts import rank_sizes
 from deployments.engine.progress import Loaded, Progress
+from deployments.engine.stages import Place
 from tests.deployments.engine.tiny import build
 
 ROOT = Path(__file__).parents[3]
 OFF = EngineSettings(cut_weights_bytes=0)
 
 
-def lone_rank(rank: int, size: int, *words: str | Path) -> dict[str, Any]:
+def lone_rank(rank: int, size: int | str, *words: str | Path) -> dict[str, Any]:
     """In a process of its own."""
     command = [sys.executable, "-m", "tests.deployments.engine.lone_rank", str(rank), str(size), *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -57,6 +59,16 @@ def test_every_family_loads_what_autotp_cuts_from_a_whole_model(
         counted = {name: take(path) for name, path in families.items()}
         told = {name: 4 * sum(one.size_on(part, rank, size) for part in one.parameters) for name, one in counted.items()}
         assert told == {name: outcome["bytes"] for name, outcome in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", range(4))
+def test_every_family_holds_what_is_planned_in_two_stages_of_two_parts(families: dict[str, Path], rank: int) -> None:
+    place = Place(rank, tp=2, pp=2)
+    found = lone_rank(rank, "2x2", "hold", *families.values())
+    told = {name: rank_sizes(take(path), 2, 2)[place.stage, place.part] for name, path in families.items()}
+    assert told == {name: outcome["held"] for name, outcome in found.items()}
+    assert {outcome["source"] for outcome in found.values()} == {"model"}
 
 
 @pytest.fixture(scope="module")
