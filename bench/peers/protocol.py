@@ -32,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-concurrency", type=int, default=32)
     parser.add_argument("--max-model-len", type=int, default=512, help="longest prompt and answer, for engines that plan by it")
     parser.add_argument("--prefix-cache", action="store_true", help="share the beginnings of prompts, where the engine can")
+    parser.add_argument("--quantization", choices=["int8"], help="weights in eight bits, made from the 16 of the model")
     return parser.parse_args()
 
 
