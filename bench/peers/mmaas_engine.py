@@ -18,7 +18,7 @@ def load() -> Generate:
         prefix_cache=options.prefix_cache,
         speculation=0,  # a model of random weights runs into loops, which guessing would make too easy
     )
-    engine = LocalEngine(options.model, tp=options.tp, dtype="bfloat16", settings=settings)
+    engine = LocalEngine(options.model, tp=options.tp, dtype="bfloat16", settings=settings, quantization=options.quantization)
 
     def generate(prompts: list[list[int]], max_tokens: int, concurrency: int) -> list[Request]:
         sampling = Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)

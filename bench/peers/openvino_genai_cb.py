@@ -9,9 +9,9 @@ from pathlib import Path
 from protocol import ClosedLoop, Generate, Request, arguments, serve
 
 
-def exported(model: Path) -> Path:
-    """The directory in OpenVINO's format; weights in 16 bits."""
-    target = model.with_name(model.name + "-openvino")
+def exported(model: Path, quantization: str | None) -> Path:
+    """The directory in OpenVINO's format; weights in 16 bits, or in 8 as its own tool quantises them by default."""
+    target = model.with_name(model.name + ("-openvino-int8" if quantization else "-openvino"))
     if not (target / "openvino_model.bin").is_file():
         tool = Path(sys.executable).with_name("optimum-cli")
         command = [
@@ -23,7 +23,7 @@ def exported(model: Path) -> Path:
             "--task",
             "text-generation-with-past",
             "--weight-format",
-            "fp16",
+            quantization or "fp16",
             target,
         ]
         subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr)
@@ -69,5 +69,5 @@ def load() -> Generate:
 
 if __name__ == "__main__":
     options = arguments()
-    directory = exported(Path(options.model))
+    directory = exported(Path(options.model), options.quantization)
     serve(load, ["openvino-genai", "openvino", "optimum-intel"])

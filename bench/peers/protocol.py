@@ -36,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-adapters", type=int, default=0)
     parser.add_argument("--max-rank", type=int, default=8)
     parser.add_argument("--prefix-cache", action="store_true", help="share the beginnings of prompts, where the engine can")
+    parser.add_argument("--quantization", choices=["int8"], help="weights in eight bits, made from the 16 of the model")
     return parser.parse_args()
 
 
