@@ -42,6 +42,9 @@ class Answer:
 
     def _delta(self, index: int, outputs: list[Output]) -> Delta:
         detokenizer, reason = self._texts[index], outputs[-1].finish_reason
+        self._num_cached = max(self._num_cached, outputs[0].cached) if index == 0 else self._num_cached
+        if reason == "error":  # it has no token
+            outputs = outputs[:-1]
         news = detokenizer.push([output.token for output in outputs])
         text = news.text
         if reason and not news.stopped:
@@ -54,7 +57,6 @@ class Answer:
 
     def _closed(self, index: int, outputs: list[Output], text: str, reason: FinishReason | None) -> Delta:
         self._num_tokens += len(outputs)
-        self._num_cached = max(self._num_cached, *(output.cached for output in outputs)) if index == 0 else self._num_cached
         if reason:
             self._open.discard(index)
         logprobs = tuple(self._logprob(output) for output in outputs if output.logprob is not None)

@@ -48,7 +48,8 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
-    """One sampled token of one choice. `cached` counts prompt tokens that the prefix cache gave, with the first token."""
+    """One sampled token of one choice, or none (-1) with the finish reason `error`. `cached` counts prompt tokens that the prefix cache
+    gave, with the first output."""
 
     request_id: int
     index: int
@@ -76,6 +77,7 @@ class Stats(msgspec.Struct):
     drafted_tokens: int = 0
     accepted_tokens: int = 0  # of the drafted ones, those that became output
     aborted: int = 0
+    failed: int = 0  # choices that ended because no token could be chosen
     busy_s: float = 0.0
     model_s: float = 0.0  # of busy_s, the time inside the model
 
@@ -192,9 +194,13 @@ class Engine:
 
     def _take(self, sequence: Sequence, sampled: Sampled) -> Output:
         first = sequence.num_output == 0
-        sequence.append(sampled.token)
+        if sampled.token < 0:
+            sequence.finish_reason = "error"
+            self._counts.failed += 1
+        else:
+            sequence.append(sampled.token)
+            self._counts.output_tokens += 1
         cached = sequence.num_cached if first else 0
-        self._counts.output_tokens += 1
         if first:
             self._counts.prompt_tokens += sequence.num_prompt
             self._counts.cached_tokens += cached
@@ -217,6 +223,8 @@ class Engine:
             self.scheduler.accept(sequence, place)
             self._counts.drafted_tokens += len(item.draft)
             self._counts.accepted_tokens += place
+        if sequence.finish_reason == "error":
+            self.scheduler.forget(sequence)
         if sequence.finish_reason:
             self._finish(sequence)
         return False

@@ -127,8 +127,9 @@ class LocalEngine:
     def _take(result: Generation, output: Output) -> None:
         now = time.perf_counter() - result.started_at
         result.first_token_s = result.first_token_s or now
-        result.token_ids.append(output.token)
-        result.token_times_s.append(now)
+        if output.finish_reason != "error":
+            result.token_ids.append(output.token)
+            result.token_times_s.append(now)
         result.cached_tokens += output.cached
         if output.logprob is not None:
             result.logprobs.append(output.logprob)

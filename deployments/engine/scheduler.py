@@ -137,6 +137,12 @@ class Scheduler:
         if self.prefix_cache:
             self._seal(sequence)
 
+    def forget(self, sequence: Sequence) -> None:
+        """What this sequence has in the cache can't be trusted: nobody gets a block of it any more. That includes what it found there
+        itself, for it may be an earlier sequence's fault that left before its own logits were seen."""
+        for block in sequence.blocks:
+            self.pool.unseal(block)
+
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and give its blocks back. Safe to call twice."""
         if flow := self.running.pop(sequence, None):

@@ -20,7 +20,7 @@ from deployments.engine.progress import Progress
 from deployments.engine.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from deployments.engine.group import Group
     from deployments.engine.native.decoder import Decoder
@@ -116,9 +116,24 @@ class Shard:
 
         spec = self.spec
         model = load(spec.directory, spec.model.dtype, self.group, spec.settings, self.progress)
+        self._require_finite(model)
         runner = Runner(model, KvCache(spec.num_blocks, spec.settings.block_size))
         runner.check()
         return runner
+
+    def _require_finite(self, model: nn.Module) -> None:
+        """Raises ModelNotServable, on every rank, when a weight of any rank is not finite."""
+        from deployments.engine import finite
+
+        failure = None
+        try:
+            finite.require(model, self.spec.directory.name)
+        except ModelNotServable as error:
+            failure = error
+        if self.group and not self.group.all_agree(failure is None) and failure is None:
+            failure = ModelNotServable(f"{self.spec.directory.name}: weights of another rank are not finite")
+        if failure:
+            raise failure
 
     def execute(self, batch: Batch) -> Tensor:
         """Leader: run a step on every rank."""

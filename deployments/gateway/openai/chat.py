@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from cluster.errors import ModelError
 from cluster.types import Chunk, Delta, Generate, Message, TokenLogprob, Usage
 from deployments.gateway.openai import answers, unsupported
 from deployments.gateway.openai.answers import ChatChunk, ChatCompletion, ChatDelta, ChatLogprobs, Finish
@@ -57,7 +58,7 @@ class ChatCall:
                     "logprobs": self._logprobs(choice.logprobs),
                     "finish_reason": answers.finish(choice.finish_reason) or "stop",
                 }
-                for index, choice in enumerate(collected.choices)
+                for index, choice in collected.good()
             ],
             "usage": answers.usage(spent),
         }
@@ -78,6 +79,11 @@ class ChatCall:
         """Raises ReplicaLost when the streamed answer isn't whole."""
         return self._progress.usage()
 
+    @property
+    def failure(self) -> ModelError | None:
+        """What a streamed answer ends with when the model failed on a choice."""
+        return self._progress.failure
+
     def end(self) -> list[ChatChunk]:
         """The usage chunk, for a caller that asked."""
         if not self.request.wants_usage:
@@ -88,7 +94,7 @@ class ChatCall:
         said = []
         if delta.text or delta.logprobs:
             said.append(self._chunk(delta.index, {"content": delta.text}, logprobs=self._logprobs(delta.logprobs)))
-        if delta.finish_reason is not None:
+        if answers.ends(delta):
             said.append(self._chunk(delta.index, {}, finish=answers.finish(delta.finish_reason)))
         return said
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from cluster.types import Sampling
-from deployments.engine.sampler import adjust, draw, gumbel, largest, sample, truncate
+from deployments.engine.sampler import NO_TOKEN, adjust, best, draw, gumbel, sample, truncate
 from deployments.engine.sequence import Sequence
 
 SIZE = 50
@@ -59,7 +59,8 @@ def test_truncation_keeps_the_tokens_that_transformers_keeps(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_the_largest_is_the_first_of_equals(rows: list[list[float]], dtype: torch.dtype) -> None:
-    assert largest(torch.tensor(rows, dtype=dtype)) == [row.index(max(row)) for row in rows]
+    first = [row.index(max(row)) if max(row) > -math.inf else NO_TOKEN for row in rows]
+    assert best(torch.tensor(rows, dtype=dtype)) == first
 
 
 def test_each_row_is_truncated_by_its_own_rules() -> None:
