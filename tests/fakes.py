@@ -56,6 +56,7 @@ class EchoModels:
         self.error: Exception | None = None
         self.fail_after = 0  # chunks before `error`
         self.healthy = True
+        self.sleeping: set[str] = set()
         self.requests: list[Generate] = []
         self.open = 0  # streams that run now
 
@@ -67,6 +68,14 @@ class EchoModels:
 
     async def ready(self) -> dict[str, bool]:
         return {deployment.name: self.healthy for deployment in self.deployments}
+
+    async def asleep(self) -> list[str]:
+        return sorted(self.sleeping)
+
+    async def tell(self, name: str, word: str) -> None:
+        if name not in {deployment.name for deployment in self.deployments}:
+            raise ModelNotFound(f"The model {name!r} does not exist.", param="model")
+        (self.sleeping.add if word == "sleep" else self.sleeping.discard)(name)
 
     async def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)

@@ -58,9 +58,11 @@ class KvCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.calls: dict[int, AttentionCall] = {}
+        self.reads = 0  # by a layer of a step
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.reads += 1
         if index not in self._layers:
             slots = self.num_blocks * self.block_size
             self._layers[index] = tuple(x.new_zeros(slots, x.shape[1], x.shape[3]) for x in (key, value))  # type: ignore[assignment]

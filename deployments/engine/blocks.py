@@ -94,6 +94,13 @@ class BlockPool:
         if digest := self._hash_of.pop(block, None):
             del self._block_of[digest]
 
+    def forget(self) -> None:
+        """No cached block holds anything any more."""
+        while self._cached:
+            block, _ = self._cached.popitem()
+            self.unseal(block)
+            self._free.append(block)
+
     def release(self, block: int) -> None:
         """Give back one reference."""
         assert self._refs[block] > 0, f"block {block} released more often than held"

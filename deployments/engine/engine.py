@@ -48,8 +48,8 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
-    """One sampled token of one choice, or none (-1) with the finish reason `error`. `cached` counts prompt tokens that the prefix cache
-    gave, with the first output."""
+    """One sampled token of one choice, or none (-1) with the finish reason `error`. `cached` counts prompt tokens that the prefix
+    cache gave, with the first output."""
 
     request_id: int
     index: int
@@ -137,6 +137,10 @@ class Engine:
             if index is None or sequence.index == index:
                 self._counts.aborted += 1
                 self._finish(sequence)
+
+    def forget(self) -> None:
+        """Keys and values of all sequences are gone: whoever runs will be computed again, and no prefix is known."""
+        self.scheduler.forget_all()
 
     def step(self) -> list[Output]:
         """Compute one step and return its tokens: one for each sequence that samples, and its guesses that were right."""

@@ -44,6 +44,11 @@ class Group:
         """The shared memory of these ranks, if they have any."""
         return self._wire if isinstance(self._wire, Meeting) else None
 
+    @property
+    def talk(self) -> int:
+        """How far this rank has come in talking with the others."""
+        return self._wire.talk
+
     def shard(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """Cut a whole model to this rank's part (DeepSpeed AutoTP, Megatron-style tensor parallelism).
 

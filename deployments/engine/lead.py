@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 
-from cluster.errors import PlatformError
+from cluster.errors import Conflict, PlatformError
 from deployments.engine.channel import Abort, Add, Beat, Do, Done, LeaderEnd, Tokens
 from deployments.engine.engine import Engine
+from deployments.engine.orders import Order, Swap, forgets
 from deployments.engine.shard import Shard
 
 BEAT_S = 1.0
@@ -24,7 +25,7 @@ def lead(shard: Shard, path: str) -> None:
 
 def _loop(shard: Shard, engine: Engine, wire: LeaderEnd) -> None:
     last_beat = time.monotonic()
-    while (commands := wire.take(0.0 if engine.has_work else BEAT_S)) is not None:
+    while (commands := wire.take(0.0 if engine.has_work and not shard.is_asleep else BEAT_S)) is not None:
         for command in commands:
             match command:
                 case Add(request):
@@ -32,8 +33,8 @@ def _loop(shard: Shard, engine: Engine, wire: LeaderEnd) -> None:
                 case Abort(request_id, index):
                     engine.abort(request_id, index)
                 case Do():
-                    wire.send(_done(shard, command))
-        if engine.has_work:
+                    wire.send(_done(shard, engine, command))
+        if engine.has_work and not shard.is_asleep:
             if outputs := engine.step():
                 wire.send(Tokens(outputs))
         elif not commands:
@@ -44,9 +45,18 @@ def _loop(shard: Shard, engine: Engine, wire: LeaderEnd) -> None:
             last_beat = time.monotonic()
 
 
-def _done(shard: Shard, command: Do) -> Done:
+def _done(shard: Shard, engine: Engine, command: Do) -> Done:
     try:
-        shard.command(command.order)
+        obey(shard, engine, command.order)
     except PlatformError as error:
         return Done(command.id, error.message)
     return Done(command.id)
+
+
+def obey(shard: Shard, engine: Engine, order: Order) -> None:
+    """Between two steps. Raises PlatformError for what some rank could not do; the group goes on as before."""
+    if isinstance(order, Swap) and engine.has_work:
+        raise Conflict("answers are still running, and would go on with other weights")
+    if forgets(order):
+        engine.forget()
+    shard.command(order)

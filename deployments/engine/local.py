@@ -16,6 +16,8 @@ from cluster.settings import EngineSettings
 from cluster.types import FinishReason, Sampling
 from deployments.engine.checkpoint import inspect
 from deployments.engine.engine import Engine, Output, Request
+from deployments.engine.lead import obey
+from deployments.engine.orders import Order
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import Shard, ShardSpec, num_blocks
 
@@ -94,6 +96,10 @@ class LocalEngine:
                 self._take(results[output.request_id], output)
                 running -= output.finish_reason is not None
         return results
+
+    def obey(self, order: Order) -> None:
+        """Have every rank obey. Raises PlatformError when one could not; the group goes on as before."""
+        obey(self.shard, self.engine, order)
 
     def close(self) -> None:
         """End the other ranks."""

@@ -17,8 +17,28 @@ class Look(Order, frozen=True, tag=True):
     """Do nothing but say that this rank is there."""
 
 
-ORDERS = Look
+class Sleep(Order, frozen=True, tag=True):
+    """Give weights and KV cache back to the system, and stay. Nothing is computed until `Wake`."""
+
+
+class Wake(Order, frozen=True, tag=True):
+    """Load the weights again."""
+
+
+class Swap(Order, frozen=True, tag=True):
+    """Go on with the weights in another directory, of a model of the same shape; with the old ones where that fails."""
+
+    directory: str
+
+
+ORDERS = Look | Sleep | Wake | Swap
 """The union of all kinds."""
+
+
+def forgets(order: Order) -> bool:
+    """Whether keys and values of all sequences are gone afterwards."""
+    return isinstance(order, (Sleep, Swap))
+
 
 _decoder = msgspec.msgpack.Decoder(ORDERS)
 

@@ -52,6 +52,11 @@ class Runner:
         self.model = model
         self.cache = cache
 
+    @property
+    def ticks(self) -> float:
+        """Grows within a step, layer by layer."""
+        return self.cache.reads
+
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """`R x V` logits, one row for each of `batch.sampled`."""

@@ -22,13 +22,13 @@ from torch import Tensor
 from cluster.types import Sampling
 from deployments.engine.sequence import Sequence
 
-
 NO_TOKEN = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The chosen token, or NO_TOKEN where none can be; with `logprobs` asked for, its log probability and the k most likely tokens with theirs, best first."""
+    """The chosen token, or NO_TOKEN where none can be; with `logprobs` asked for, its log probability and the k most likely tokens
+    with theirs, best first."""
 
     token: int
     logprob: float | None = None
@@ -89,8 +89,8 @@ def draw(logits: Tensor, sequences: Items[Sequence]) -> list[int]:
 
 
 def best(logits: Tensor) -> list[int]:
-    """The first largest column of each row, NO_TOKEN for a row that gives none. By numpy, whose argmax is vectorised (on CPUs it takes
-    a tenth of torch's time) and stops at a NaN."""
+    """The first largest column of each row, NO_TOKEN for a row that gives none. By numpy, whose argmax is vectorised (on CPUs it
+    takes a tenth of torch's time) and stops at a NaN."""
     rows = logits.float().numpy()
     tokens = rows.argmax(-1)
     found = np.isfinite(rows[np.arange(len(rows)), tokens])

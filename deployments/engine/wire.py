@@ -33,14 +33,23 @@ class Wire(Protocol):
     def all_reduce(self, tensor: Tensor) -> None:
         """The sum over all ranks, in place."""
 
+    @property
+    def talk(self) -> int:
+        """How many of these this rank has begun, in whatever unit; the same on all ranks whenever none waits."""
+
 
 class Gloo:
     """Sockets, between any machines."""
 
+    def __init__(self) -> None:
+        self.talk = 0
+
     def broadcast(self, tensor: Tensor) -> None:
+        self.talk += 1
         dist.broadcast(tensor, 0)
 
     def all_reduce(self, tensor: Tensor) -> None:
+        self.talk += 1
         dist.all_reduce(tensor)
 
 

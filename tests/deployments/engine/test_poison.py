@@ -5,8 +5,6 @@ The poison is an embedding row of NaN, put in after the load, which would refuse
 
 from __future__ import annotations
 
-import multiprocessing
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,9 @@ from cluster.errors import ModelNotServable
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine import finite
-from deployments.engine.checkpoint import inspect
 from deployments.engine.engine import Engine
 from deployments.engine.local import Generation, LocalEngine
-from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.sampler import NO_TOKEN
-from deployments.engine.shard import Shard, ShardSpec
 from tests.deployments.engine.arithmetic import VOCABULARY as COUNTED
 from tests.deployments.engine.arithmetic import count_up, request
 from tests.deployments.engine.families import build, reference
@@ -44,7 +39,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(directory: Path) -> list[list[int]]:
     answers = reference(directory, HEALTHY, 12)
-    assert POISON not in sum(answers, [])
+    assert not any(POISON in answer for answer in answers)
     return answers
 
 
@@ -66,7 +61,9 @@ def check(answers: list[Generation], expected: list[list[int]]) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_poison_stays_in_its_sequence(directory: Path, expected: list[list[int]], path: str) -> None:
     """In chunks, with preemption, with blocks that a poisoned sequence had before, twice, so that prefixes are looked up."""
-    with LocalEngine(directory, settings=SETTINGS.model_copy(update=PATHS[path]), blocks={"torch": 24, "native": 7}[path]) as engine:
+    with LocalEngine(
+        directory, settings=SETTINGS.model_copy(update=PATHS[path]), blocks={"torch": 24, "native": 7}[path]
+    ) as engine:
         poison(engine.shard)
         for _ in range(2):
             check(engine.generate(BATCH, GREEDY), expected)
@@ -78,49 +75,13 @@ def test_poison_stays_in_its_sequence(directory: Path, expected: list[list[int]]
 
 @pytest.mark.parametrize("path", PATHS)
 def test_sequence_that_samples_the_poison_keeps_what_it_said(directory: Path, expected: list[list[int]], path: str) -> None:
-    fatal = next(token for token in expected[2][3:] if token not in expected[2][:3] + sum(HEALTHY, []) + expected[0])
+    fatal = next(token for token in expected[2][3:] if not any(token in text for text in (*HEALTHY, expected[0], expected[2][:3])))
     said = expected[2][: expected[2].index(fatal) + 1]
     with LocalEngine(directory, settings=SETTINGS.model_copy(update=PATHS[path])) as engine:
         poison(engine.shard, fatal)
         ill, well = engine.generate([HEALTHY[2], HEALTHY[0]], GREEDY)
     assert (ill.token_ids, ill.finish_reason) == (said, "error")
     assert (well.token_ids, well.finish_reason) == (expected[0], "length")
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_poison_stays_in_its_sequence_on_two_ranks(directory: Path, expected: list[list[int]], path: str) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as meeting:
-        spec = ShardSpec(
-            directory=directory,
-            model=inspect(directory, tp=2, dtype="float32"),
-            num_blocks=24,
-            threads=1,
-            settings=SETTINGS.model_copy(update=PATHS[path]),
-            rendezvous=Rendezvous(f"file://{meeting}/{Path(meeting).name}", 0, 2, 60),
-        )
-        answers = spawn.SimpleQueue()
-        ranks = [spawn.Process(target=_rank, args=(spec.for_rank(rank), answers), daemon=True) for rank in range(2)]
-        for rank in ranks:
-            rank.start()
-        ranks[0].join(120)
-        try:
-            assert ranks[0].exitcode == 0
-            check(answers.get(), expected)
-        finally:
-            for rank in ranks:
-                rank.kill()
-
-
-def _rank(spec: ShardSpec, answers: Any) -> None:
-    if spec.rendezvous.rank:
-        shard = Shard(spec)
-        poison(shard)
-        shard.follow()
-        return
-    with LocalEngine.leading(spec) as engine:
-        poison(engine.shard)
-        answers.put(engine.generate(BATCH, GREEDY))
 
 
 def failing(prefixes: set[int]) -> Any:
