@@ -163,12 +163,17 @@ def tell(name: str, word: str, *arguments: Any, settings: Settings) -> None:
 
 
 def _swapped(target: Target, version: str, settings: Settings, on_event: OnEvent) -> bool:
-    """Have the replicas take the new files as they run, then tell Serve, for those that it will start. False when they can't."""
+    """Have the replicas take the new files as they run, then tell Serve, for those that it will start. False when they can't.
+
+    Raises ModelNotServable for weights that nobody could serve; the old ones go on, and Serve hears of nothing.
+    """
     name = target.deployment.name
     edition = _edition(target, version)
     on_event(f"{name}: swapping weights")
     try:
         tell(name, "swap", edition, settings=settings)
+    except ModelNotServable as error:
+        raise ModelNotServable(f"{name}: {error.message}") from error
     except PlatformError as error:
         on_event(f"{name}: {error.message}; it is restarted instead")
         return False

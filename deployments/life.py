@@ -83,8 +83,8 @@ class Life:
     async def swap(self, directory: Path) -> None:
         """Go on with another directory's weights. Every answer comes from one version: running ones end first, later ones wait.
 
-        Raises Conflict when they don't end within `engine.drain_s`, Unavailable when the ranks can't take these weights; the old
-        ones serve on then.
+        Raises Conflict when they don't end within `engine.drain_s` or the model has another shape, ModelNotServable for weights
+        that nobody could serve, Unavailable when the ranks can't take them; the old ones serve on then.
         """
         async with self._changing:
             await self._wake()

@@ -49,7 +49,7 @@ def _done(shard: Shard, engine: Engine, command: Do) -> Done:
     try:
         obey(shard, engine, command.order)
     except PlatformError as error:
-        return Done(command.id, error.message)
+        return Done(command.id, error.message, error.public_code)
     return Done(command.id)
 
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.errors import Overloaded, PlatformError, ReplicaLost, Unavailable
+from cluster.errors import Conflict, ModelNotServable, Overloaded, PlatformError, ReplicaLost, Unavailable
 from cluster.types import Priority
 from deployments.engine.channel import Abort, Add, Beat, Command, Do, Done, Tokens, frame, read_report
 from deployments.engine.engine import Output, Request, Stats
@@ -127,7 +127,8 @@ class RemoteEngine:
         self._send(Abort(request_id, index))
 
     async def order(self, order: ORDERS) -> None:
-        """Have every rank obey between two steps. Raises Unavailable when one could not, ReplicaLost when the group dies."""
+        """Have every rank obey between two steps. Raises Conflict, ModelNotServable or Unavailable when one could not, ReplicaLost
+        when the group dies."""
         self._raise_lost()
         number = self.next_id()
         done = self._orders[number] = asyncio.get_running_loop().create_future()
@@ -189,19 +190,20 @@ class RemoteEngine:
                     case Beat(stats):
                         self.stats = stats
                         self._connected.set()
-                    case Done(number, error):
-                        self._obeyed(number, error)
+                    case Done(number, error, code):
+                        self._obeyed(number, error, code)
         self.fail("rank 0 of the shard group ended")
         writer.close()
 
-    def _obeyed(self, number: int, error: str | None) -> None:
+    def _obeyed(self, number: int, error: str | None, code: str) -> None:
         done = self._orders.get(number)
         if done is None or done.done():  # nobody waits for it any more
             return
         if error is None:
             done.set_result(None)
         else:
-            done.set_exception(Unavailable(error))
+            kinds: dict[str, type[PlatformError]] = {kind.code: kind for kind in (Conflict, ModelNotServable)}
+            done.set_exception(kinds.get(code, Unavailable)(error))
 
     def _deliver(self, outputs: list[Output]) -> None:
         by_request: dict[int, list[Output]] = {}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ModelNotServable
+from cluster.errors import Conflict
 from deployments.engine.checkpoint import ModelInfo, inspect
 from deployments.engine.model_config import read_json
 from deployments.engine.weights import find_weights
@@ -18,9 +18,9 @@ _UNIMPORTANT = frozenset({"_name_or_path", "transformers_version", "dtype", "tor
 
 
 def require(old: Path, new: Path, model: ModelInfo, tp: int) -> None:
-    """`model`: what `old` is served as. Raises ModelNotServable that names what differs, or what is wrong with `new`."""
+    """`model`: what `old` is served as. Raises Conflict that names what differs; ModelNotServable for what nobody could serve."""
     if different := differences(old, new, model, tp):
-        raise ModelNotServable(f"{new.name} can't take the place of {old.name} in a running group: {different[0]} differs")
+        raise Conflict(f"{new.name} can't take the place of {old.name} in a running group: {different[0]} differs")
 
 
 def differences(old: Path, new: Path, model: ModelInfo, tp: int) -> list[str]:

@@ -222,11 +222,11 @@ class Shard:
         give_back()
 
     def _all(self, check: Callable[[], None]) -> None:
-        """Raises ModelNotServable on every rank when `check` does on any."""
-        failure = None
+        """Raises PlatformError on every rank when `check` does on any."""
+        failure: PlatformError | None = None
         try:
             check()
-        except ModelNotServable as error:
+        except PlatformError as error:
             failure = error
         if self.group and not self.group.all_agree(failure is None) and failure is None:
             failure = ModelNotServable(f"{self.spec.directory.name}: another rank refuses it")

@@ -69,6 +69,8 @@ class ChatCall:
     def parts(self, chunk: Chunk) -> list[ChatChunk]:
         """The chunks that say this; the first call opens every choice in index order, which the official client needs."""
         self._progress.add(chunk)
+        if not self._started and self._progress.has_failed:
+            return []  # nothing was said: it can still be an error answer
         said = [] if self._started else [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(self.choices)]
         self._started = True
         for delta in chunk.deltas:

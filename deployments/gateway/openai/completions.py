@@ -55,6 +55,8 @@ class CompletionCall:
 
     def parts(self, chunk: Chunk) -> list[Completion]:
         self._progress.add(chunk)
+        if not self._started and self._progress.has_failed:
+            return []  # nothing was said, not even an echo: it can still be an error answer
         said = [] if self._started else [self._chunk(self._choice(i, self._echo(i))) for i in range(self.choices) if self._echo(i)]
         self._started = True
         said += [self._chunk(self._from(delta)) for delta in chunk.deltas if delta.text or delta.logprobs or answers.ends(delta)]

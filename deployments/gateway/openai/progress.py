@@ -16,9 +16,14 @@ class Progress:
     """Counts down the choices and adds up usage over the calls that make one answer."""
 
     def __init__(self, choices: int) -> None:
-        self._unfinished = set(range(choices))
+        self._choices, self._unfinished = choices, set(range(choices))
         self._usage: Usage | None = None
         self._failed: set[int] = set()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the model failed on every choice."""
+        return len(self._failed) == self._choices
 
     @property
     def failure(self) -> ModelError | None:

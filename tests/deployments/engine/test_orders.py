@@ -49,12 +49,12 @@ class Models:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     root = tmp_path_factory.mktemp("models")
     first, second = build("llama", root / "first"), build("llama", root / "second", seed=1)
-    ill = _damaged(second, root / "ill")
+    ill = damaged(second, root / "ill")
     wider = build("qwen3", root / "wider")
     return Models(first, second, wider, ill, reference(first, HEALTHY, 12), reference(second, HEALTHY, 12))
 
 
-def _damaged(model: Path, directory: Path) -> Path:
+def damaged(model: Path, directory: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(model, directory)
