@@ -111,6 +111,13 @@ class ReplicaLost(Unavailable):
     code = "replica_lost"
 
 
+class ModelError(PlatformError):
+    """Raised when the model itself has no answer to a request: its numbers aren't finite, or no token is allowed."""
+
+    status = 500
+    code = "model_error"
+
+
 class DeadlineExceeded(PlatformError):
     """Raised when a request ran longer than it may."""
 

@@ -87,8 +87,14 @@ class EngineSettings(_Section):
     stream_interval_s: float = Field(default=0.02, ge=0, le=1)
     """A stream sends its first token at once and then at most so often, with all that came meanwhile: an item costs the same with
     one token as with ten. Many streams stretch it up to 0.1 s; 0 sends every token by itself."""
-    step_deadline_s: float = Field(default=30.0, gt=0)
-    """A rank that makes no progress for so long is taken for lost, and its whole group is replaced."""
+    step_deadline_s: float = Field(default=10.0, gt=0)
+    """A rank that makes no progress for so long is taken for lost, and its whole group is replaced. A slow step is progress: every
+    layer counts."""
+    drain_s: float = Field(default=30.0, ge=0)
+    """How long `mmaas sleep` and a swap of weights let running answers go on. What runs longer is computed again after waking; for
+    it, new weights are brought by a restart beside the old ones instead."""
+    sleep_after_s: float = Field(default=0.0, ge=0)
+    """A model that nobody has asked for so long gives its memory back, and loads again with the next request. 0: never."""
     start_deadline_s: float = Field(default=600.0, gt=0)
     """Longest time for a group to load its model."""
     threads: int | None = Field(default=None, ge=1)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 
 from cluster.types import Chunk, Delta, FinishReason, TokenLogprob, TopLogprob, Usage
 from deployments.engine.detokenizer import Detokenizer
-from deployments.engine.engine import NO_TOKEN, Output, Request
+from deployments.engine.engine import Output, Request
+from deployments.engine.sequence import NO_TOKEN
 from deployments.engine.tokenizer import Tokenizer
 
 
@@ -42,6 +43,7 @@ class Answer:
 
     def _delta(self, index: int, outputs: list[Output]) -> Delta:
         detokenizer, reason = self._texts[index], outputs[-1].finish_reason
+        self._num_cached = max(self._num_cached, outputs[0].cached) if index == 0 else self._num_cached
         outputs = [output for output in outputs if output.token != NO_TOKEN]
         news = detokenizer.push([output.token for output in outputs])
         text = news.text
@@ -55,9 +57,6 @@ class Answer:
 
     def _closed(self, index: int, outputs: list[Output], text: str, reason: FinishReason | None) -> Delta:
         self._num_tokens += len(outputs)
-        self._num_cached = (
-            max(self._num_cached, *(output.cached for output in outputs)) if index == 0 and outputs else self._num_cached
-        )
         if reason:
             self._open.discard(index)
         logprobs = tuple(self._logprob(output) for output in outputs if output.logprob is not None)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cluster import ingress, raynode
 from cluster.desired import Desired
-from cluster.errors import ModelNotServable, PlatformError, Unavailable
+from cluster.errors import ModelNotFound, ModelNotServable, PlatformError, Unavailable
 from cluster.library.registry import Registry
 from cluster.placement import explain
 from cluster.private_files import Secrets
@@ -36,11 +37,13 @@ OnEvent = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Target:
-    """A deployment with its model found: the directory of the files, and a digest of all that makes a replica what it is."""
+    """A deployment with its model found: the directory of the files, a digest of all that makes a replica what it is, and one of
+    all but the files."""
 
     deployment: Deployment
     directory: Path
     digest: str
+    frame: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,21 @@ class Plan:
     """What has to happen, in this order."""
 
     remove: tuple[str, ...]
+    swap: tuple[tuple[Target, str], ...]  # with the version that runs
     deploy: tuple[Target, ...]
 
 
-def plan(targets: Sequence[Target], running: Mapping[str, str | None]) -> Plan:
-    """`running`: the digest of each running model, None for one that can't tell (it is deployed anew)."""
+def plan(targets: Sequence[Target], running: Mapping[str, Mapping[str, Any] | None]) -> Plan:
+    """`running`: what each running model says of itself, None for one that can't tell (it is deployed anew). Where only the files
+    have changed, the replicas can take them as they run."""
     wanted = {target.deployment.name for target in targets}
+    told = [(target, running.get(target.deployment.name) or {}) for target in targets]
+    changed = [(target, info) for target, info in told if info.get("digest") != target.digest]
+    swap = tuple((target, str(info["version"])) for target, info in changed if target.frame and info.get("frame") == target.frame)
     return Plan(
         remove=tuple(sorted(running.keys() - wanted)),
-        deploy=tuple(target for target in targets if running.get(target.deployment.name) != target.digest),
+        swap=swap,
+        deploy=tuple(target for target, _ in changed if target not in [swapped for swapped, _ in swap]),
     )
 
 
@@ -81,6 +90,9 @@ def apply(settings: Settings, on_event: OnEvent) -> None:
         on_event(f"removing {name}")
         serve.delete(PREFIX + name)
     _deploy_gateway(settings, on_event)
+    for target, version in todo.swap:
+        if not _swapped(target, version, settings, on_event):
+            _deploy_model(target, settings, on_event)
     for target in todo.deploy:
         _deploy_model(target, settings, on_event)
 
@@ -102,24 +114,30 @@ def find(deployment: Deployment, settings: Settings) -> Target:
         )
     except ModelNotServable as error:
         raise ModelNotServable(f"{deployment.name}: {error.message}") from error
-    return Target(deployment, directory, _digest(deployment, directory, settings))
+    return Target(deployment, directory, _digest(deployment, directory, settings), _frame(deployment, settings))
 
 
 def _digest(deployment: Deployment, directory: Path, settings: Settings) -> str:
     """Of the row, the files (by name, size and time: the library never changes one in place) and the engine's settings."""
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in directory.iterdir())
-    facts = [asdict(deployment), str(directory), files, settings.engine.model_dump(mode="json"), settings.gateway.max_stream_s]
+    facts = [asdict(deployment), str(directory), files, _frame(deployment, settings)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _running() -> dict[str, str | None]:
+def _frame(deployment: Deployment, settings: Settings) -> str:
+    """Of the row without the model, and the engine's settings."""
+    facts = [asdict(replace(deployment, model="")), settings.engine.model_dump(mode="json"), settings.gateway.max_stream_s]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _running() -> dict[str, Mapping[str, Any] | None]:
     from ray import serve
 
     names = [name for name in serve.status().applications if name.startswith(PREFIX)]
-    return {name.removeprefix(PREFIX): _digest_of(name) for name in names}
+    return {name.removeprefix(PREFIX): _info_of(name) for name in names}
 
 
-def _digest_of(application: str) -> str | None:
+def _info_of(application: str) -> Mapping[str, Any] | None:
     """What the application says of itself; None while it doesn't answer. Any failure of it means that it is to be deployed anew."""
     from ray import exceptions, serve
     from ray.serve.exceptions import RayServeException
@@ -128,7 +146,52 @@ def _digest_of(application: str) -> str | None:
         info: dict[str, Any] = serve.get_app_handle(application).info.remote().result(timeout_s=5)
     except (exceptions.RayError, RayServeException, PlatformError, TimeoutError):
         return None
-    return str(info["digest"])
+    return info
+
+
+def tell(name: str, word: str, *arguments: Any, settings: Settings) -> None:
+    """Have every replica of a served model do something, and wait for it: `sleep`, `wake`, `swap`.
+
+    Raises ModelNotFound for a model that isn't served, and what a replica raises.
+    """
+    raynode.join(settings)
+    from ray import exceptions, serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        told = serve.get_deployment_handle("LLM", app_name=PREFIX + name).broadcast(word, *arguments)
+        told.results(timeout_s=settings.engine.start_deadline_s)
+    except exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, PlatformError) else Unavailable(f"{name}: {error.cause}") from None
+    except RayServeException as error:
+        raise ModelNotFound(f"no model is served as {name!r}", param="model") from error
+    except (exceptions.RayError, TimeoutError) as error:
+        raise Unavailable(f"{name} did not {word}: {type(error).__name__}") from error
+
+
+def _swapped(target: Target, version: str, settings: Settings, on_event: OnEvent) -> bool:
+    """Have the replicas take the new files as they run, then tell Serve, for those that it will start. False when they can't.
+
+    Raises ModelNotServable for weights that nobody could serve; the old ones go on, and Serve hears of nothing.
+    """
+    name = target.deployment.name
+    edition = _edition(target, version)
+    on_event(f"{name}: swapping weights")
+    try:
+        tell(name, "swap", edition, settings=settings)
+    except ModelNotServable as error:
+        raise ModelNotServable(f"{name}: {error.message}") from error
+    except PlatformError as error:
+        on_event(f"{name}: {error.message}; it is restarted instead")
+        return False
+    _run_model(target, edition, settings, on_event)
+    return True
+
+
+def _edition(target: Target, version: str) -> Any:
+    from deployments.llm import Edition
+
+    return Edition(str(target.directory), target.digest, target.frame, version)
 
 
 def _deploy_gateway(settings: Settings, on_event: OnEvent) -> None:
@@ -144,14 +207,18 @@ def _deploy_gateway(settings: Settings, on_event: OnEvent) -> None:
 
 
 def _deploy_model(target: Target, settings: Settings, on_event: OnEvent) -> None:
+    count = target.deployment.tp * target.deployment.pp
+    ranks = f"{count} shards" if count > 1 else "one shard"
+    on_event(f"loading {target.deployment.name} on {ranks}")
+    _run_model(target, _edition(target, f"{target.digest}-{secrets.token_hex(4)}"), settings, on_event)
+
+
+def _run_model(target: Target, edition: Any, settings: Settings, on_event: OnEvent) -> None:
+    """Serve replaces replicas of another version, and tells the others of their edition."""
     from deployments.llm import build
 
     name = PREFIX + target.deployment.name
-    tp, pp = target.deployment.tp, target.deployment.pp
-    ranks = f"{tp * pp} shards" if tp * pp > 1 else "one shard"
-    on_event(f"loading {target.deployment.name} on {ranks}")
-    application = build(target.deployment, str(target.directory), target.digest, Secrets(settings.home).prefix_cache, settings)
-    _run(application, name, None)
+    _run(build(target.deployment, edition, Secrets(settings.home).prefix_cache, settings), name, None)
     _wait(name, settings, on_event)
 
 

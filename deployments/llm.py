@@ -14,16 +14,17 @@ import os
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from ray import serve
+from ray.util import get_current_placement_group
 
 from cluster import ingress, raynode
 from cluster import log as logs
-from cluster.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
+from cluster.errors import Conflict, ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 from cluster.settings import EngineSettings, Settings
 from cluster.types import Chunk, Delta, Deployment, Generate, Usage
 from deployments.adapters import Adapters, finder
@@ -35,6 +36,7 @@ from deployments.engine.engine import Request
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import ShardSpec, num_blocks
 from deployments.engine.tokenizer import Tokenizer
+from deployments.life import Life
 from deployments.shards import ShardGroup
 from deployments.slots import Slots
 
@@ -46,17 +48,30 @@ INLINE_CHARS = 2000
 """Characters of a prompt that are encoded within a millisecond."""
 
 
+@dataclass(frozen=True, slots=True)
+class Edition:
+    """What a replica is made of: the files, a digest of everything, one of everything but the files, and Serve's name for the code
+    that runs. Replicas with the same `frame` can take each other's files without a restart."""
+
+    directory: str
+    digest: str
+    frame: str
+    version: str
+
+
 class LLM:
     """Serves one model directory."""
 
-    async def __init__(self, deployment: Deployment, directory: str, digest: str, cache_secret: bytes, settings: Settings) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, deployment: Deployment, edition: Edition, cache_secret: bytes, settings: Settings
+    ) -> None:
         ingress.bind_inside()
         self._settings = settings
-        self._digest = digest
+        self._edition = edition
         logs.configure(self._settings.log_level)
         self._deployment = deployment
         self._cache_secret = cache_secret
-        engine, path = self._settings.engine, Path(directory)
+        engine, path = self._settings.engine, Path(edition.directory)
         self._model = inspect(
             path,
             tp=deployment.tp,
@@ -79,16 +94,22 @@ class LLM:
             settings=engine,
             rendezvous=Rendezvous("", 0, ranks, engine.start_deadline_s, deployment.pp),
         )
-        self._group = ShardGroup(spec, raynode.ranks_directory(settings), log_level=self._settings.log_level)
+        placement, folder = get_current_placement_group(), raynode.ranks_directory(settings)
         find = finder(settings.home / "library", path, deployment.dtype)
-        self._adapters = Adapters(find, self._group.engine.order, Slots(engine.max_adapters, engine.adapter_bytes))
-        await self._group.start()
-        log.info("shard group ready", extra={"model": deployment.name, "ranks": ranks, "pids": self._group.pids})
+
+        def make(directory: Path) -> ShardGroup:
+            group = ShardGroup(replace(spec, directory=directory), folder, placement, log_level=settings.log_level)
+            self._adapters = Adapters(find, group.engine.order, Slots(engine.max_adapters, engine.adapter_bytes))  # it has none yet
+            return group
+
+        self._life = Life(make, path, engine, self._leave_soon)
+        await self._life.start()
+        log.info("shard group ready", extra={"model": deployment.name, "ranks": ranks, "pids": self._life.group.pids})
 
     async def generate(self, call: Generate) -> AsyncIterator[Chunk]:
         """Stream one answer. Raises, before the first chunk, InvalidRequest for a prompt that doesn't fit and Overloaded when the
         queue is full, or had to make place in it; at any time ReplicaLost. Closing the stream frees what it held."""
-        engine, limits = self._group.engine, self._settings.engine
+        engine, limits = self._life.engine, self._settings.engine
         is_full = engine.num_streams + self._adapters.num_waiting >= limits.max_sequences + limits.max_queued
         if is_full and not engine.make_place(self._opaque(call.tenant, b"flow"), call.priority):
             raise Overloaded(f"{self._deployment.name} has {engine.num_streams} requests at work and waiting", retry_after_s=1)
@@ -100,6 +121,9 @@ class LLM:
         answer = Answer(
             self._tokenizer, request, is_chat=bool(call.messages), stop_choice=lambda index: engine.abort(request.id, index)
         )
+        self._life.wanted()
+        if call.adapter:
+            await self._life.wake()  # nothing is loaded into a model that sleeps
         async with (
             self._adapters.held(call.adapter) as adapter,  # let go last: by then its sequences must have left the engine
             aclosing(engine.generate(msgspec.structs.replace(request, adapter=adapter))) as stream,
@@ -113,7 +137,8 @@ class LLM:
         """What a caller may want to know before it asks."""
         return {
             "name": self._deployment.name,
-            "digest": self._digest,
+            **asdict(self._edition),
+            "asleep": self._life.state == "asleep",
             "max_model_len": self._room,
             "can_chat": self._tokenizer.can_chat,
         } | {
@@ -126,23 +151,39 @@ class LLM:
         }
 
     async def stats(self) -> dict[str, Any]:
-        """The engine's own counters, and the ranks' pids and nodes."""
-        engine = self._group.engine
+        """The engine's own counters, those of its groups' life, and the ranks' pids and nodes."""
+        life, engine = self._life, self._life.engine
         counters: dict[str, Any] = msgspec.to_builtins(engine.stats)
+        lives = {"asleep": int(life.state == "asleep"), "lost": life.num_lost, "stuck": life.num_stuck}
         adapters = {"adapters": self._adapters.num_loaded, "adapter_loads": self._adapters.num_loads}
-        return counters | adapters | {"streams": engine.num_streams, "pids": self._group.pids, "nodes": self._group.nodes}
+        group = {"streams": engine.num_streams, "pids": life.group.pids, "nodes": life.group.nodes}
+        return counters | lives | adapters | group
+
+    async def sleep(self) -> None:
+        """Give the memory of weights and KV cache back until the next request. Raises what `Life.sleep` does."""
+        await self._life.sleep()
+
+    async def wake(self) -> None:
+        """Raises Unavailable when the model can't be loaded again."""
+        await self._life.wake()
+
+    async def swap(self, edition: Edition) -> None:
+        """Take another directory's weights, without a restart. Raises what `Life.swap` does; the old ones serve on then."""
+        if edition.digest == self._edition.digest:
+            return
+        if edition.frame != self._edition.frame:
+            raise Conflict("more than the weights has changed")
+        await self._life.swap(Path(edition.directory))
+        self._edition = edition
+
+    async def reconfigure(self, config: dict[str, str]) -> None:
+        """Serve's way to tell a replica that its edition has changed; it was told before in most cases, by `swap`."""
+        await self.swap(Edition(**config))
 
     async def check_health(self) -> None:
-        """Serve asks every few seconds. A group is well while every rank advances: rank 0 reports only after a step or a ping
-        that all of them took part in."""
-        engine = self._group.engine
-        if engine.lost:
-            self._leave_soon()
-            raise Unavailable(engine.lost)
-        if engine.silence_s > self._settings.engine.step_deadline_s:
-            engine.fail(f"no rank has advanced for {engine.silence_s:.0f} s")
-            self._group.kill()
-            raise Unavailable(str(engine.lost))
+        """Serve asks every few seconds. Losing a group is `Life`'s business, until it gives up."""
+        if self._life.state == "lost":
+            raise Unavailable(self._life.engine.lost or "the shard group is lost")
 
     def _leave_soon(self) -> None:
         """End this process once its streams have had their error: Serve notices a dead replica at once, an ill one after three
@@ -170,7 +211,7 @@ class LLM:
             await self._admission.admit(sampling.constraint, self._opaque(call.tenant, b"flow"))
         stop_ids = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(self._tokenizer.eos_ids))
         return Request(
-            id=self._group.engine.next_id(),
+            id=self._life.engine.next_id(),
             prompt=prompt,
             sampling=sampling,
             max_tokens=room if sampling.max_tokens is None else sampling.max_tokens,
@@ -207,10 +248,13 @@ def bundles(deployment: Deployment, model: ModelInfo, engine: EngineSettings) ->
     return [{"CPU": engine.cpus_per_shard * deployment.tp, "memory": memory}] * deployment.pp
 
 
-def build(deployment: Deployment, directory: str, digest: str, cache_secret: bytes, settings: Settings) -> serve.Application:
-    """The Serve application of one model. Replicas need the bundles that `bundles` says."""
+def build(deployment: Deployment, edition: Edition, cache_secret: bytes, settings: Settings) -> serve.Application:
+    """The Serve application of one model. Replicas need the bundles that `bundles` says. Deploying another edition of the same
+    `version` restarts none of them: Serve calls `reconfigure`."""
     engine = settings.engine
-    model = inspect(directory, tp=deployment.tp, pp=deployment.pp, dtype=deployment.dtype, max_model_len=deployment.max_model_len)
+    model = inspect(
+        edition.directory, tp=deployment.tp, pp=deployment.pp, dtype=deployment.dtype, max_model_len=deployment.max_model_len
+    )
     capacity = engine.max_sequences + engine.max_queued
     scaling: dict[str, Any] = {"num_replicas": deployment.min_replicas}
     if deployment.max_replicas > deployment.min_replicas:
@@ -233,7 +277,9 @@ def build(deployment: Deployment, directory: str, digest: str, cache_secret: byt
         health_check_period_s=2,
         health_check_timeout_s=5,
         max_constructor_retry_count=1,
+        user_config=asdict(edition),
         logging_config={"enable_access_log": False},  # the gateway writes one record of every call
         **scaling,
     )
-    return options(LLM).bind(deployment, directory, digest, cache_secret, settings)
+    versioned = options(LLM).options(version=edition.version, _internal=True)  # Ray 2.60 has no public way to keep a version
+    return versioned.bind(deployment, edition, cache_secret, settings)

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from cluster.errors import ModelNotFound, Overloaded, PlatformError, ReplicaLost, Unavailable
 from cluster.types import Adapter, Chunk, Deployment, Generate
@@ -29,6 +29,9 @@ ASSIGN_S = 10.0
 """A call that no replica takes within this time is refused: all are gone, starting or full. Never an unbounded wait."""
 
 
+Word = Literal["sleep", "wake"]
+
+
 class Models(Protocol):
     """The served models, as the gateway sees them."""
 
@@ -42,6 +45,14 @@ class Models(Protocol):
 
     async def ready(self) -> dict[str, bool]:
         """For every model whether it answers now."""
+        ...
+
+    async def asleep(self) -> Sequence[str]:
+        """Of the models that answer, those that would load first."""
+        ...
+
+    async def tell(self, name: str, word: Word) -> None:
+        """Have every replica of a model sleep or wake. Raises ModelNotFound, Conflict and Unavailable."""
         ...
 
     async def stats(self) -> dict[str, dict[str, float]]:
@@ -69,6 +80,7 @@ class ServeModels:
         self._handles: dict[str, Any] = {}
         self._listed: tuple[float, Sequence[Deployment], Sequence[Adapter]] | None = None
         self._probed: tuple[float, dict[str, bool]] | None = None
+        self._asleep: set[str] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self._listing, self._probing, self._opening = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
 
@@ -95,6 +107,18 @@ class ServeModels:
                 answers = await asyncio.gather(*(self._answers(name) for name in names))
                 self._probed = self._clock(), dict(zip(names, answers, strict=True))
             return self._probed[1]
+
+    async def asleep(self) -> Sequence[str]:
+        states = await self.ready()
+        return sorted(name for name in self._asleep if states.get(name))
+
+    async def tell(self, name: str, word: Word) -> None:
+        await self._known(name)
+        self._probed = None
+        try:
+            await (await self._handle(name)).broadcast(word).results_async()
+        except Exception as error:
+            raise platform_error(error, name) from error
 
     async def stats(self) -> dict[str, dict[str, float]]:
         names = [deployment.name for deployment in await self.list()]
@@ -169,9 +193,10 @@ class ServeModels:
     async def _answers(self, name: str) -> bool:
         try:
             async with asyncio.timeout(PROBE_S):
-                await (await self._handle(name)).info.remote()
+                info = await (await self._handle(name)).info.remote()
         except Exception as error:
             return isinstance(platform_error(error, name), Overloaded)  # too busy to say so is an answer, too
+        (self._asleep.add if info.get("asleep") else self._asleep.discard)(name)
         return True
 
 

@@ -9,14 +9,14 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util import get_current_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.errors import ModelNotServable, PlatformError, Unavailable
 from cluster.private_files import private_directory
@@ -24,6 +24,7 @@ from deployments.engine.progress import Loaded, Progress
 from deployments.engine.remote import RemoteEngine
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import ShardSpec
+from deployments.engine.stepclock import Doing
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class ShardActor:
 
         self._shard = Shard(spec, self._progress)
 
+    def doing(self) -> Doing | None:
+        """What it does at this moment; answers whatever that is. None before the load is done."""
+        shard = getattr(self, "_shard", None)
+        return shard.doing() if shard else None
+
     def loading(self) -> Loaded:
         """How far the load is; answers while `load` works."""
         return self._progress.now()
@@ -76,8 +82,10 @@ class ShardActor:
 class ShardGroup:
     """The actors of one replica, and the engine that their rank 0 runs."""
 
-    def __init__(self, spec: ShardSpec, folder: Path, *, log_level: str) -> None:
+    def __init__(self, spec: ShardSpec, folder: Path, placement: Any, *, log_level: str) -> None:
+        """`placement`: the placement group with a bundle for each rank."""
         self.spec = spec
+        self._placement = placement
         self.size = spec.rendezvous.size
         self._folder = Path(tempfile.mkdtemp(dir=private_directory(folder)))  # the socket and the ranks' meeting file
         self.engine = RemoteEngine(self._folder / "rank0.sock", spec.settings.stream_interval_s)
@@ -100,7 +108,7 @@ class ShardGroup:
                 await asyncio.gather(*(actor.load.remote(spec) for actor, spec in zip(self._actors, specs, strict=True)))
                 await self.engine.listen()
                 runs = [actor.follow.remote() for actor in self._actors[1:]]
-                runs.append(self._actors[0].lead.remote(str(self.engine.path)))
+                runs.insert(0, self._actors[0].lead.remote(str(self.engine.path)))
                 self._watch = asyncio.create_task(self._end_together(runs))
                 await self.engine.connected()
         except TimeoutError:
@@ -118,11 +126,18 @@ class ShardGroup:
         """How far each rank's load is, in the order of the ranks."""
         return list(await asyncio.gather(*(actor.loading.remote() for actor in self._actors)))
 
+    async def doing(self, wait_s: float) -> list[Doing | None]:
+        """What each rank does; None for one that doesn't say so within `wait_s`."""
+        return list(await asyncio.gather(*(_within(wait_s, actor.doing.remote()) for actor in self._actors)))
+
     def kill(self) -> None:
-        """End every rank at once."""
+        """End every rank at once, a stopped one too: Ray asks a process to end itself, which that one can't."""
         for actor in self._actors:
             with contextlib.suppress(ray.exceptions.RayError, ValueError):
                 ray.kill(actor, no_restart=True)
+        for node, pid in zip(self.nodes, self.pids, strict=True):
+            _end_process(node, pid)
+        self.nodes, self.pids = [], []
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
@@ -130,8 +145,9 @@ class ShardGroup:
         return self.spec.settings.start_deadline_s  # of one collective; a hang is noticed much earlier by the progress clock
 
     async def _end_together(self, runs: list[Any]) -> None:
-        """Wait until the first rank ends, for whatever reason, then end them all."""
-        done, _ = await asyncio.wait([asyncio.ensure_future(_outcome(run)) for run in runs], return_when=asyncio.FIRST_COMPLETED)
+        """Wait until the first rank ends, for whatever reason, then end them all. `runs` by rank."""
+        ends = [asyncio.ensure_future(_outcome(rank, run)) for rank, run in enumerate(runs)]
+        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         self.engine.fail(next(iter(done)).result())
         self.kill()
 
@@ -157,18 +173,43 @@ class ShardGroup:
             num_cpus=settings.cpus_per_shard,
             max_restarts=0,
             max_concurrency=2,  # `where` and `loading` answer while `load` or `follow` runs
-            scheduling_strategy=PlacementGroupSchedulingStrategy(get_current_placement_group(), bundle),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, bundle),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}},
         )
         return options.remote(log_level)
 
 
-async def _outcome(run: Any) -> str:
+async def _outcome(rank: int, run: Any) -> str:
     """Why a rank's run ended, in words for a client: no path, no address."""
     try:
         await run
     except ray.exceptions.RayActorError:
-        return "a shard of the model's group died"
+        return f"a shard of the model's group died (rank {rank})"
     except ray.exceptions.RayTaskError as error:
-        return f"a shard of the model's group failed ({type(error.cause).__name__})"
-    return "the shard group was stopped"
+        return f"a shard of the model's group failed (rank {rank}: {type(error.cause).__name__})"
+    return f"the shard group was stopped (rank {rank} ended)"
+
+
+async def _within(seconds: float, answer: Any) -> Any:
+    try:
+        async with asyncio.timeout(seconds):
+            return await answer
+    except (TimeoutError, ray.exceptions.RayError):
+        return None
+
+
+def _end_process(node: str, pid: int) -> None:
+    """SIGKILL to a rank on this node, or by a task on its own."""
+    if node == ray.get_runtime_context().get_node_id():
+        _kill(pid)
+        return
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    with contextlib.suppress(ray.exceptions.RayError):  # a node that is gone has no process
+        ray.remote(_kill).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(pid)
+
+
+def _kill(pid: int) -> None:
+    """Only a rank: its number may be another process's by now."""
+    with contextlib.suppress(OSError):
+        if b"ShardActor" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)

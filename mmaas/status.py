@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Served:
-    """A desired model beside what Serve says of it. `state` is Serve's word, `NOT_DEPLOYED` when it knows nothing."""
+    """A desired model beside what Serve says of it. `state` is Serve's word, `NOT_DEPLOYED` when it knows nothing, `ASLEEP` where
+    it runs without its weights."""
 
     deployment: Deployment
     state: str
@@ -49,7 +51,8 @@ def collect(settings: Settings) -> Status:
         applications, waiting = dashboard.applications(), explain(observe(dashboard))
     except Unavailable:
         applications, waiting = {}, []
-    served = [_served(deployment, applications.get(f"model-{deployment.name}")) for deployment in _desired(settings)]
+    asleep = _asleep(settings) if applications else set()
+    served = [_served(deployment, applications.get(f"model-{deployment.name}"), asleep) for deployment in _desired(settings)]
     gateway = applications.get("gateway", {}).get("status", "NOT_DEPLOYED")
     return Status(str(settings.home), f"{settings.base_url}/v1", parts, gateway, served, waiting)
 
@@ -80,12 +83,26 @@ def shards(deployment: Deployment) -> str:
     return str(deployment.tp) if deployment.pp == 1 else f"{deployment.tp} in each of {deployment.pp} stages"
 
 
-def _served(deployment: Deployment, application: dict[str, Any] | None) -> Served:
+def _asleep(settings: Settings) -> set[str]:
+    """As the gateway says; none where it says nothing."""
+    import httpx
+
+    try:
+        answer = httpx.get(f"{settings.base_url}/ready", timeout=3, trust_env=False)
+        return set(answer.json().get("asleep", ()))
+    except (httpx.HTTPError, ValueError):
+        return set()
+
+
+def _served(deployment: Deployment, application: dict[str, Any] | None, asleep: Collection[str]) -> Served:
     if application is None:
         return Served(deployment, "NOT_DEPLOYED", 0, "run: mmaas up")
     replicas = [replica for part in application.get("deployments", {}).values() for replica in part.get("replicas", [])]
     running = sum(replica.get("state") == "RUNNING" for replica in replicas)
-    return Served(deployment, application["status"], running, application.get("message", ""))
+    state = application["status"]
+    if state == "RUNNING" and deployment.name in asleep:
+        state = "ASLEEP"
+    return Served(deployment, state, running, application.get("message", ""))
 
 
 def _desired(settings: Settings) -> list[Deployment]:

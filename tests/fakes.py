@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -46,6 +46,14 @@ def _logprob(word: str, k: int) -> TokenLogprob:
     return TokenLogprob(word, word.encode(), -0.5, top)
 
 
+def with_failures(chunks: Iterator[Chunk], fails: Mapping[int, int]) -> Iterator[Chunk]:
+    """A choice ends with `error` in the place of the given chunk."""
+    for number, chunk in enumerate(chunks):
+        kept = [delta for delta in chunk.deltas if number < fails.get(delta.index, number + 1)]
+        ends = [Delta(index, "", finish_reason="error") for index, last in fails.items() if number == last]
+        yield Chunk((*kept, *ends), chunk.usage)
+
+
 class EchoModels:
     """`Models` with one model, `echo`. The attributes say how slow it is and where it fails."""
 
@@ -57,6 +65,8 @@ class EchoModels:
         self.error: Exception | None = None
         self.fail_after = 0  # chunks before `error`
         self.healthy = True
+        self.sleeping: set[str] = set()
+        self.fails: dict[int, int] = {}  # choices that the model fails on, and at which chunk
         self.requests: list[Generate] = []
         self.open = 0  # streams that run now
 
@@ -72,6 +82,14 @@ class EchoModels:
     async def ready(self) -> dict[str, bool]:
         return {deployment.name: self.healthy for deployment in self.deployments}
 
+    async def asleep(self) -> list[str]:
+        return sorted(self.sleeping)
+
+    async def tell(self, name: str, word: str) -> None:
+        if name not in {deployment.name for deployment in self.deployments}:
+            raise ModelNotFound(f"The model {name!r} does not exist.", param="model")
+        (self.sleeping.add if word == "sleep" else self.sleeping.discard)(name)
+
     async def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)
         if name not in {deployment.name for deployment in self.deployments} | {adapter.model for adapter in self.adapted}:
@@ -79,7 +97,7 @@ class EchoModels:
         self.open += 1
         try:
             await asyncio.sleep(self.first_delay_s)
-            for number, chunk in enumerate(echo_chunks(request)):
+            for number, chunk in enumerate(with_failures(echo_chunks(request), self.fails)):
                 if self.error is not None and number >= self.fail_after:
                     raise self.error
                 yield chunk

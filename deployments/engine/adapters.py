@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cluster.errors import ModelNotServable, PlatformError
+from cluster.errors import ModelNotServable, PlatformError, Unavailable
 from deployments.engine.adapter_files import AdapterFiles, Shape, base_shapes, inspect
 from deployments.engine.cuts import Cut
 from deployments.engine.mapped import MappedFile
@@ -55,35 +55,57 @@ class Adapters:
 
     def __init__(self, host: AdapterHost, directory: Path, cuts: Mapping[str, Cut] | None, dtype: torch.dtype) -> None:
         """`directory`: of the base; `cuts`: of its parameters by name, None where they aren't known."""
-        self._host, self._directory, self._cuts, self._dtype = host, directory, cuts, dtype
-        self._reading: dict[int, Future[Any]] = {}
+        self._host: AdapterHost | None = host
+        self._directory, self._cuts, self._dtype = directory, cuts, dtype
+        self._reading: dict[int, tuple[Path, Future[Any]]] = {}
+        self._installed: dict[int, Path] = {}
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="adapters")
 
     def read(self, slot: int, directory: Path) -> None:
         """Begin. What a slot was to become before is forgotten."""
-        self._reading[slot] = self._readers.submit(self._packed, directory)
+        self._reading[slot] = directory, self._readers.submit(self._packed, directory)
 
     def wait(self, slot: int) -> None:
         """Raises PlatformError while the slot's adapter is being read; whether it could be, `install` says."""
-        if (reading := self._reading.get(slot)) and not reading.done():
+        if (reading := self._reading.get(slot)) and not reading[1].done():
             raise PlatformError("the adapter is still being read")
 
     def install(self, slot: int) -> None:
         """Raises ModelNotServable for files that aren't an adapter of this base, and for numbers that aren't finite."""
         if slot not in self._reading:
             raise PlatformError(f"no adapter was read for slot {slot}")
+        directory, reading = self._reading.pop(slot)
         try:
-            packed = self._reading.pop(slot).result()
+            packed = reading.result()
         except PlatformError:
             raise
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             raise ModelNotServable(f"the adapter can't be read: {error!r:.300}") from error
-        self._host.put_adapter(slot, packed)
+        self._awake.put_adapter(slot, packed)
+        self._installed[slot] = directory
 
     def drop(self, slot: int) -> None:
         """Forget what is in the slot, or what was to come into it."""
         self._reading.pop(slot, None)
-        self._host.put_adapter(slot, None)
+        self._installed.pop(slot, None)
+        if self._host:
+            self._host.put_adapter(slot, None)
+
+    def rest(self) -> None:
+        """The host ends; another one comes with `move`."""
+        self._host = None
+
+    def move(self, host: AdapterHost, cuts: Mapping[str, Cut] | None) -> None:
+        """To a host of the same model, or of one of its shape: every slot's files are read again. Raises what `install` does."""
+        self._host, self._cuts = host, cuts
+        for slot, directory in self._installed.items():
+            host.put_adapter(slot, self._packed(directory))
+
+    @property
+    def _awake(self) -> AdapterHost:
+        if self._host is None:
+            raise Unavailable("the model is asleep", retry_after_s=5)
+        return self._host
 
     def close(self) -> None:
         self._readers.shutdown(wait=False, cancel_futures=True)
@@ -93,7 +115,7 @@ class Adapters:
         return base_shapes(self._directory)
 
     def _packed(self, directory: Path) -> Any:
-        return self._host.pack_adapter(self._part(inspect(directory, self._shapes)))
+        return self._awake.pack_adapter(self._part(inspect(directory, self._shapes)))
 
     def _part(self, files: AdapterFiles) -> AdapterPart:
         if self._cuts is None:

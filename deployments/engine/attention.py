@@ -58,9 +58,11 @@ class KvCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.calls: dict[int, AttentionCall] = {}
+        self.reads = 0  # by a layer of a step
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.reads += 1
         if index not in self._layers:
             slots = self.num_blocks * self.block_size
             self._layers[index] = tuple(x.new_zeros(slots, x.shape[1], x.shape[3]) for x in (key, value))  # type: ignore[assignment]
@@ -79,6 +81,7 @@ class DecodeGroup:
     lengths: Tensor  # B: tokens to attend to, the new one included
     table: Tensor  # B*W blocks
     width: int  # L
+    unwritten: Tensor  # slots of the B*L that hold nothing of these sequences, but perhaps numbers that aren't finite
     biases: dict[int | None, Tensor] = field(default_factory=dict)  # by sliding window, made when a layer asks
 
     def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -151,7 +154,8 @@ def _groups(batch: Batch, size: int) -> Iterator[DecodeGroup]:
         width = int(widths[last - 1])
         table = torch.from_numpy(batch.tables[first:last, :width].astype(np.int64).ravel())
         lengths = torch.from_numpy(batch.starts[first:last].astype(np.int64) + 1)
-        yield DecodeGroup(first, lengths, table, width * size)
+        unwritten = torch.arange(width * size) >= lengths[:, None]
+        yield DecodeGroup(first, lengths, table, width * size, unwritten.flatten().nonzero()[:, 0])
         first = last
 
 
@@ -192,7 +196,8 @@ def paged_attention(
     for group in paged.groups:
         rows = slice(group.first, group.first + len(group.lengths))
         q = queries[rows].reshape(len(group.lengths), kv_heads, -1, queries.shape[2])  # B x K x G x D
-        k, v = (_read(pages, group.table, size).view(-1, group.width, *pages.shape[1:]) for pages in (keys, values))
+        k, v = (_read(pages, group.table, size).index_fill_(0, group.unwritten, 0) for pages in (keys, values))
+        k, v = (x.view(-1, group.width, *x.shape[1:]) for x in (k, v))
         bias: Tensor | None = group.bias(sliding_window, q.dtype)
         output[rows] = _attend(q, k.transpose(1, 2), v.transpose(1, 2), bias, scale, softcap).flatten(1, 2)
     for chunk in paged.chunks:

@@ -8,6 +8,7 @@ A block is in exactly one of three states:
 
     allocate:  free -> used, else oldest cached -> used        seal:     used block gets the hash of the tokens in it
     match:     cached or used block with that hash -> used     release:  used -> cached if sealed, else free
+                                                               unseal:   used block loses its hash
 
 `used + free + cached = total` always; `check_integrity` says so at run time.
 """
@@ -87,6 +88,18 @@ class BlockPool:
         if digest not in self._block_of:
             self._hash_of[block] = digest
             self._block_of[digest] = block
+
+    def unseal(self, block: int) -> None:
+        """Nobody is to match this held block any more. Those who hold it go on."""
+        if digest := self._hash_of.pop(block, None):
+            del self._block_of[digest]
+
+    def forget(self) -> None:
+        """No cached block holds anything any more."""
+        while self._cached:
+            block, _ = self._cached.popitem()
+            self.unseal(block)
+            self._free.append(block)
 
     def release(self, block: int) -> None:
         """Give back one reference."""

@@ -42,10 +42,11 @@ class Do(msgspec.Struct, tag=True, frozen=True):
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
-    """From rank 0: an order was obeyed; or why not, then the group is as before."""
+    """From rank 0: an order was obeyed; or why not, with the error's public code, then the group is as before."""
 
     id: int
     error: str | None = None
+    code: str = ""
 
 
 class Tokens(msgspec.Struct, tag=True, frozen=True):

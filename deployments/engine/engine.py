@@ -24,7 +24,7 @@ from deployments.engine.batch import Batch
 from deployments.engine.blocks import BlockPool
 from deployments.engine.chunking import Chunking
 from deployments.engine.scheduler import Scheduler, Slice
-from deployments.engine.sequence import Sequence
+from deployments.engine.sequence import NO_TOKEN, Sequence
 from deployments.engine.speculation import Speculation
 from deployments.engine.structured import Grammars
 
@@ -43,9 +43,6 @@ class AdapterUse(msgspec.Struct, frozen=True, array_like=True):
 
     slot: int
     digest: bytes
-
-NO_TOKEN = -1
-"""In the place of a token that couldn't be chosen: the output says no more than that its choice ends with an error."""
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -69,7 +66,8 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
-    """One sampled token of one choice. `cached` counts prompt tokens that the prefix cache gave, with the first token."""
+    """One sampled token of one choice, or none (-1) with the finish reason `error`. `cached` counts prompt tokens that the prefix
+    cache gave, with the first output."""
 
     request_id: int
     index: int
@@ -97,6 +95,7 @@ class Stats(msgspec.Struct):
     drafted_tokens: int = 0
     accepted_tokens: int = 0  # of the drafted ones, those that became output
     aborted: int = 0
+    failed: int = 0  # choices that ended because no token could be chosen
     busy_s: float = 0.0
     model_s: float = 0.0  # of busy_s, the time inside the model
 
@@ -190,6 +189,10 @@ class Engine:
             if index is None or sequence.index == index:
                 self._counts.aborted += 1
                 self._finish(sequence)
+
+    def forget(self) -> None:
+        """Keys and values of all sequences are gone: whoever runs will be computed again, and no prefix is known."""
+        self.scheduler.forget_all()
 
     def step(self) -> list[Output]:
         """Compute one step and return its tokens: one for each sequence that samples, and its guesses that were right. Before it
@@ -290,16 +293,17 @@ class Engine:
         return matcher.forced(self.speculation.room(item)) or draft[: matcher.fitting(draft)]
 
     def _take(self, sequence: Sequence, sampled: Sampled) -> Output:
-        if sequence.matcher and sequence.matcher.has_failed:
-            sequence.finish_reason = "error"
-            return Output(sequence.request_id, sequence.index, NO_TOKEN, finish_reason="error")
-        first = sequence.num_output == 0
-        sequence.append(sampled.token)
-        cached = sequence.num_cached if first else 0
-        self._counts.output_tokens += 1
-        if first:
+        cached = 0
+        if sequence.num_output == 0:
+            cached = sequence.num_cached
             self._counts.prompt_tokens += sequence.num_prompt
             self._counts.cached_tokens += cached
+        if sampled.token == NO_TOKEN or (sequence.matcher and sequence.matcher.has_failed):
+            sequence.finish_reason = "error"
+            self._counts.failed += 1
+            return Output(sequence.request_id, sequence.index, NO_TOKEN, finish_reason="error", cached=cached)
+        sequence.append(sampled.token)
+        self._counts.output_tokens += 1
         return Output(
             sequence.request_id,
             sequence.index,
@@ -319,6 +323,8 @@ class Engine:
             self.scheduler.accept(sequence, place)
             self._counts.drafted_tokens += len(item.draft)
             self._counts.accepted_tokens += place
+        if sequence.finish_reason == "error":
+            self.scheduler.forget(sequence)
         if sequence.finish_reason:
             self._finish(sequence)
         return False

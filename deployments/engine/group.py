@@ -48,6 +48,11 @@ class Group:
         """The shared memory of this stage's ranks, if they have any."""
         return self._stage if isinstance(self._stage, Meeting) else None
 
+    @property
+    def talk(self) -> int:
+        """How far this rank has come in talking with the others."""
+        return self._wire.talk
+
     def shard(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """Cut a whole model to this rank's part of every layer (DeepSpeed AutoTP, Megatron-style tensor parallelism).
 

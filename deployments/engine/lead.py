@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 
-from cluster.errors import PlatformError
+from cluster.errors import Conflict, PlatformError
 from deployments.engine.channel import Abort, Add, Beat, Do, Done, LeaderEnd, Tokens
 from deployments.engine.compiling import Compiling
 from deployments.engine.engine import Engine
-from deployments.engine.orders import DropAdapter
+from deployments.engine.orders import DropAdapter, Order, Swap, forgets
 from deployments.engine.shard import Shard
 from deployments.engine.structured import Grammars
 
@@ -41,7 +41,7 @@ def lead(shard: Shard, path: str) -> None:
 
 def _loop(shard: Shard, engine: Engine, compiling: Compiling, wire: LeaderEnd) -> None:
     last_beat = time.monotonic()
-    while (commands := wire.take(0.0 if engine.has_work else LOOK_S if compiling else BEAT_S)) is not None:
+    while (commands := wire.take(_patience_s(shard, engine, compiling))) is not None:
         for command in commands:
             match command:
                 case Add(request):
@@ -56,7 +56,7 @@ def _loop(shard: Shard, engine: Engine, compiling: Compiling, wire: LeaderEnd) -
                     wire.send(_done(shard, engine, command))
         for request in compiling.ready():
             engine.add(request)
-        if engine.has_work:
+        if engine.has_work and not shard.is_asleep:
             if outputs := engine.step():
                 wire.send(Tokens(outputs))
         elif not commands and not compiling:
@@ -67,11 +67,27 @@ def _loop(shard: Shard, engine: Engine, compiling: Compiling, wire: LeaderEnd) -
             last_beat = time.monotonic()
 
 
+def _patience_s(shard: Shard, engine: Engine, compiling: Compiling) -> float:
+    """How long to wait for commands when there are none."""
+    if engine.has_work and not shard.is_asleep:
+        return 0.0
+    return LOOK_S if compiling else BEAT_S
+
+
 def _done(shard: Shard, engine: Engine, command: Do) -> Done:
-    if isinstance(command.order, DropAdapter) and engine.uses(command.order.slot):
-        return Done(command.id, f"the adapter in slot {command.order.slot} is in use")
     try:
-        shard.command(command.order)
+        obey(shard, engine, command.order)
     except PlatformError as error:
-        return Done(command.id, error.message)
+        return Done(command.id, error.message, error.public_code)
     return Done(command.id)
+
+
+def obey(shard: Shard, engine: Engine, order: Order) -> None:
+    """Between two steps. Raises PlatformError for what some rank could not do; the group goes on as before."""
+    if isinstance(order, DropAdapter) and engine.uses(order.slot):
+        raise Conflict(f"the adapter in slot {order.slot} is in use")
+    if isinstance(order, Swap) and engine.has_work:
+        raise Conflict("answers are still running, and would go on with other weights")
+    if forgets(order):
+        engine.forget()
+    shard.command(order)

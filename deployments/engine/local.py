@@ -17,9 +17,11 @@ from cluster.settings import EngineSettings
 from cluster.types import FinishReason, Quantization, Sampling
 from deployments.engine.adapter_files import content_digest
 from deployments.engine.checkpoint import inspect
-from deployments.engine.engine import NO_TOKEN, AdapterUse, Engine, Output, Request
-from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, ReadAdapter
+from deployments.engine.engine import AdapterUse, Engine, Output, Request
+from deployments.engine.lead import obey
+from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, Order, ReadAdapter
 from deployments.engine.rendezvous import Rendezvous
+from deployments.engine.sequence import NO_TOKEN
 from deployments.engine.shard import Shard, ShardSpec, num_blocks
 from deployments.engine.structured import Grammars
 
@@ -136,6 +138,10 @@ class LocalEngine:
                 self._take(results[output.request_id], output)
                 running -= output.finish_reason is not None
         return results
+
+    def obey(self, order: Order) -> None:
+        """Have every rank obey. Raises PlatformError when one could not; the group goes on as before."""
+        obey(self.shard, self.engine, order)
 
     def close(self) -> None:
         """End the other ranks."""

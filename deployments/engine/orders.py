@@ -42,8 +42,28 @@ class DropAdapter(Order, frozen=True, tag=True):
     slot: int
 
 
-ORDERS = Look | ReadAdapter | AwaitAdapter | InstallAdapter | DropAdapter
+class Sleep(Order, frozen=True, tag=True):
+    """Give weights and KV cache back to the system, and stay. Nothing is computed until `Wake`."""
+
+
+class Wake(Order, frozen=True, tag=True):
+    """Load the weights again."""
+
+
+class Swap(Order, frozen=True, tag=True):
+    """Go on with the weights in another directory, of a model of the same shape; with the old ones where that fails."""
+
+    directory: str
+
+
+ORDERS = Look | ReadAdapter | AwaitAdapter | InstallAdapter | DropAdapter | Sleep | Wake | Swap
 """The union of all kinds."""
+
+
+def forgets(order: Order) -> bool:
+    """Whether keys and values of all sequences are gone afterwards."""
+    return isinstance(order, (Sleep, Swap))
+
 
 _decoder = msgspec.msgpack.Decoder(ORDERS)
 

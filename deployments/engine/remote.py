@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.errors import Overloaded, PlatformError, ReplicaLost, Unavailable
+from cluster.errors import Conflict, ModelNotServable, Overloaded, PlatformError, ReplicaLost, Unavailable
 from cluster.types import Priority
 from deployments.engine.channel import Abort, Add, Beat, Command, Do, Done, Tokens, frame, read_report
 from deployments.engine.engine import Output, Request, Stats
@@ -42,6 +42,8 @@ class RemoteEngine:
         self._ids = itertools.count(1)
         self._streams: dict[int, _Stream] = {}
         self._orders: dict[int, asyncio.Future[None]] = {}
+        self._held: list[Request] | None = None  # what rank 0 hasn't got; None: it gets everything at once
+        self._left = asyncio.Event()
         self._connected = asyncio.Event()
         self._writer: asyncio.StreamWriter | None = None
         self._progress_at = time.monotonic()
@@ -59,6 +61,16 @@ class RemoteEngine:
         return len(self._streams)
 
     @property
+    def num_held(self) -> int:
+        """Of the streams, those that wait for `release`."""
+        return sum(request.id in self._streams for request in self._held or ())
+
+    @property
+    def is_obeying(self) -> bool:
+        """Whether an order is under way, which may take as long as a load."""
+        return bool(self._orders)
+
+    @property
     def silence_s(self) -> float:
         """Seconds since every rank last proved that it advances."""
         return time.monotonic() - self._progress_at
@@ -72,10 +84,12 @@ class RemoteEngine:
 
         Raises ReplicaLost when the group dies, Overloaded when it had to make place before its first token.
         """
-        if self.lost:
-            raise ReplicaLost(self.lost, retry_after_s=5)
+        self._raise_lost()
         stream = self._streams[request.id] = _Stream(request, set(range(request.sampling.n)))
-        self._send(Add(request))
+        if self._held is None:
+            self._send(Add(request))
+        else:
+            self._held.append(request)
         try:
             while stream.unfinished:
                 outputs = [output for output in await self._next(stream) if output.index in stream.unfinished]
@@ -83,8 +97,29 @@ class RemoteEngine:
                 yield outputs
         finally:
             self._streams.pop(request.id, None)
+            self._left.set()
             if stream.unfinished:
                 self._send(Abort(request.id))
+
+    def hold(self) -> None:
+        """From now on rank 0 gets no new request: they wait in their streams, in the same bounded queue."""
+        if self._held is None:
+            self._held = []
+
+    def release(self) -> None:
+        """Rank 0 gets those that wait."""
+        held, self._held = self._held or [], None
+        for request in held:
+            if request.id in self._streams:
+                self._send(Add(request))
+
+    async def drain(self) -> None:
+        """After `hold`: wait until rank 0 works on nothing. Raises ReplicaLost when the group dies."""
+        while len(self._streams) > self.num_held:
+            self._raise_lost()
+            self._left.clear()
+            await self._left.wait()
+        self._raise_lost()
 
     def abort(self, request_id: int, index: int) -> None:
         """Stop one choice, whose text has met a stop string. No more outputs of it come."""
@@ -92,9 +127,9 @@ class RemoteEngine:
         self._send(Abort(request_id, index))
 
     async def order(self, order: ORDERS) -> None:
-        """Have every rank obey between two steps. Raises Unavailable when one could not, ReplicaLost when the group dies."""
-        if self.lost:
-            raise ReplicaLost(self.lost, retry_after_s=5)
+        """Have every rank obey between two steps. Raises Conflict, ModelNotServable or Unavailable when one could not, ReplicaLost
+        when the group dies."""
+        self._raise_lost()
         number = self.next_id()
         done = self._orders[number] = asyncio.get_running_loop().create_future()
         self._send(Do(number, order))
@@ -124,11 +159,20 @@ class RemoteEngine:
         """The group is gone: every stream ends with an error, and no new one starts."""
         if self.lost is None:
             self.lost = reason
+            self._left.set()
             for stream in self._streams.values():
                 stream.due.set()
             for done in self._orders.values():
                 if not done.done():
                     done.set_exception(ReplicaLost(reason, retry_after_s=5))
+
+    def _raise_lost(self) -> None:
+        if self.lost:
+            raise ReplicaLost(self.lost, retry_after_s=5)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.close()
 
     def _send(self, command: Command) -> None:
         if self._writer and not self.lost:
@@ -146,19 +190,20 @@ class RemoteEngine:
                     case Beat(stats):
                         self.stats = stats
                         self._connected.set()
-                    case Done(number, error):
-                        self._obeyed(number, error)
+                    case Done(number, error, code):
+                        self._obeyed(number, error, code)
         self.fail("rank 0 of the shard group ended")
         writer.close()
 
-    def _obeyed(self, number: int, error: str | None) -> None:
+    def _obeyed(self, number: int, error: str | None, code: str) -> None:
         done = self._orders.get(number)
         if done is None or done.done():  # nobody waits for it any more
             return
         if error is None:
             done.set_result(None)
         else:
-            done.set_exception(Unavailable(error))
+            kinds: dict[str, type[PlatformError]] = {kind.code: kind for kind in (Conflict, ModelNotServable)}
+            done.set_exception(kinds.get(code, Unavailable)(error))
 
     def _deliver(self, outputs: list[Output]) -> None:
         by_request: dict[int, list[Output]] = {}

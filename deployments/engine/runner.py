@@ -72,6 +72,11 @@ class Runner:
         self._width = model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
         self._adapted = Adapted(model, all_reduce)
 
+    @property
+    def ticks(self) -> float:
+        """Grows within a step, layer by layer."""
+        return self.cache.reads
+
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """`R x V` logits, one row for each of `batch.sampled`; in a stage before the last, `R x H` of its hidden states."""

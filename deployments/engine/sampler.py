@@ -4,6 +4,9 @@ Order, as in transformers and vLLM: repetition, frequency and presence penalties
 top-k -> top-p -> min-p -> a draw. What a grammar forbids is -inf behind penalties and bias, so that none can lift it. Log
 probabilities are those of the model itself, before any of it, as the OpenAI API has them.
 
+A row that isn't finite (a NaN, +Inf, or nothing but -Inf) gives no token, whatever was asked for; so does one in which nothing is
+allowed. Other rows don't notice.
+
 A draw takes the token at which the sum of the probabilities, in the order of the vocabulary, passes a number between 0 and 1. That
 number is a function of the sequence's seed and the token's place alone, so that neither batch-mates nor a preemption changes an
 answer. `choose` is the readable form of `native/sampling.cpp`, and serves where that can't be built.
@@ -20,13 +23,14 @@ import torch
 from torch import Tensor
 
 from cluster.types import Sampling
-from deployments.engine.sequence import Sequence
+from deployments.engine.sequence import NO_TOKEN, Sequence
 from deployments.engine.structured import Allowed
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The chosen token; with `logprobs` asked for, its log probability and the k most likely tokens with theirs, best first."""
+    """The chosen token, or NO_TOKEN where none can be; with `logprobs` asked for, its log probability and the k most likely tokens
+    with theirs, best first."""
 
     token: int
     logprob: float | None = None
@@ -34,20 +38,19 @@ class Sampled:
 
 
 Choose = Callable[[Tensor, Items[Sequence]], list[int]]
-"""From `R x V` adjusted logits, one row for each sequence, to a token for each; NOT_FINITE where the best of a row is no number."""
+"""From `R x V` adjusted logits, one row for each sequence, to a token for each; NO_TOKEN where the best of a row is no number."""
 
-NOT_FINITE = -1
 _64_BITS = (1 << 64) - 1
 
 
 def choose(logits: Tensor, sequences: Items[Sequence]) -> list[int]:
     """The specification of every `Choose`."""
-    tokens = largest(logits)
-    draws = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
-    for row, token in zip(draws, draw(logits[draws].float(), [sequences[row] for row in draws]), strict=True):
-        tokens[row] = token
-    best = logits.amax(-1)  # NaN where any is
-    return [token if finite else NOT_FINITE for token, finite in zip(tokens, best.isfinite().tolist(), strict=True)]
+    tokens = best(logits)
+    draws = [row for row, s in enumerate(sequences) if tokens[row] != NO_TOKEN and s.sampling.temperature > 0]
+    if draws:
+        for row, token in zip(draws, draw(logits[draws].float(), [sequences[row] for row in draws]), strict=True):
+            tokens[row] = token
+    return tokens
 
 
 @torch.inference_mode()
@@ -58,16 +61,22 @@ def sample(
     where not all may."""
     reports = {row: s.sampling.logprobs for row, s in enumerate(sequences) if s.sampling.logprobs is not None}
     raw = logits[list(reports)].float() if reports else logits
-    for row, sequence in enumerate(sequences):
-        if _is_adjusted(sequence.sampling) or _bans_stop(sequence):
-            logits[row] = adjust(logits[row], sequence)
+    changed = {row for row, s in enumerate(sequences) if _is_adjusted(s.sampling) or _bans_stop(s)}
+    poisoned = [row for row in sorted(changed.union(allowed or ())) if not logits[row].amax().isfinite()]
+    for row in sorted(changed):
+        logits[row] = adjust(logits[row], sequences[row])
     if allowed:
         forbid(logits, sequences, allowed)
     tokens = choose(logits, sequences)
+    for row in poisoned:  # whatever is left of it
+        tokens[row] = NO_TOKEN
     if not reports:
         return [Sampled(token) for token in tokens]
     named = dict(zip(reports, torch.log_softmax(raw, -1), strict=True))
-    return [_report(token, named[row], reports[row]) if row in reports else Sampled(token) for row, token in enumerate(tokens)]
+    return [
+        _report(token, named[row], reports[row]) if row in reports and token != NO_TOKEN else Sampled(token)
+        for row, token in enumerate(tokens)
+    ]
 
 
 def adjust(row: Tensor, sequence: Sequence) -> Tensor:
@@ -108,9 +117,13 @@ def draw(logits: Tensor, sequences: Items[Sequence]) -> list[int]:
     return torch.searchsorted(sums, wanted, right=True).clamp_max_(logits.shape[1] - 1)[:, 0].tolist()
 
 
-def largest(logits: Tensor) -> list[int]:
-    """The first largest column of each row. By numpy, whose argmax is vectorised: on CPUs it takes a tenth of torch's time."""
-    return logits.float().numpy().argmax(-1).tolist()  # type: ignore[no-any-return]
+def best(logits: Tensor) -> list[int]:
+    """The first largest column of each row, NO_TOKEN for a row that gives none. By numpy, whose argmax is vectorised (on CPUs it
+    takes a tenth of torch's time) and stops at a NaN."""
+    rows = logits.float().numpy()
+    tokens = rows.argmax(-1)
+    found = np.isfinite(rows[np.arange(len(rows)), tokens])
+    return (tokens if found.all() else np.where(found, tokens, NO_TOKEN)).tolist()  # type: ignore[no-any-return]
 
 
 def truncate(logits: Tensor, samplings: Items[Sampling]) -> Tensor:

@@ -160,6 +160,18 @@ class Scheduler:
         if self.prefix_cache:
             self._seal(sequence)
 
+    def forget(self, sequence: Sequence) -> None:
+        """What this sequence has in the cache can't be trusted: nobody gets a block of it any more. That includes what it found
+        there itself: it may be the fault of an earlier sequence that left before its own logits were seen."""
+        for block in sequence.blocks:
+            self.pool.unseal(block)
+
+    def forget_all(self) -> None:
+        """The KV cache is empty. Running sequences go back to the front of their flows, so that the longest has its turn first."""
+        for sequence in reversed(self.running.copy()):
+            self._preempt(sequence, {})
+        self.pool.forget()
+
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and give its blocks back. Safe to call twice."""
         if flow := self.running.pop(sequence, None):

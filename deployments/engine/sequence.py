@@ -12,6 +12,9 @@ from deployments.engine.draft import Drafter
 if TYPE_CHECKING:
     from deployments.engine.structured import Matcher
 
+NO_TOKEN = -1
+"""In the place of a token that couldn't be chosen: the output says no more than that its choice ends with an error."""
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:

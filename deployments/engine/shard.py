@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.errors import ModelNotServable, PlatformError
+from cluster.errors import ModelNotServable, PlatformError, Unavailable
 from cluster.settings import EngineSettings
+from deployments.engine import sameness
 from deployments.engine.batch import Batch
 from deployments.engine.checkpoint import ModelInfo
-from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, Look, Order, ReadAdapter
+from deployments.engine.memory import available, give_back
+from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, Look, Order, ReadAdapter, Sleep, Swap, Wake
 from deployments.engine.progress import Progress
 from deployments.engine.rendezvous import Rendezvous
+from deployments.engine.stepclock import Doing, StepClock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
     from deployments.engine.sampler import Choose
 
 log = logging.getLogger(__name__)
+
+SWAP_ROOM = 2.5
+"""Times a model's weights that a machine must have free for a second set of all ranks: as loaded, as packed, and some to spare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +79,32 @@ class Shard:
         torch.set_num_threads(spec.threads)
         self.spec = spec
         self.progress = progress or Progress()
+        self.clock = StepClock()
         self.group = self._join()
         self.handover = self._handed()
         self._cuts: Mapping[str, Cut] | None = None
-        self.runner = self._runner()
+        self._launched = 0
+        self._running: Runner | Decoder | None = self._runner()
         self.adapters = self._adapters()
         self.choose = self._choose() if spec.rendezvous.rank == 0 else None
-        self._launched = 0
+        self.clock.waits()
+
+    @property
+    def runner(self) -> Runner | Decoder:
+        """Raises Unavailable while it sleeps."""
+        if self._running is None:
+            raise Unavailable("the model is asleep", retry_after_s=5)
+        return self._running
+
+    @property
+    def is_asleep(self) -> bool:
+        return self._running is None
+
+    def doing(self) -> Doing:
+        """Asked from another thread, whatever this one does."""
+        group, running = self.group, self._running
+        ticks = float(self.progress.now().bytes_read) + (running.ticks if running else 0)
+        return Doing(self.spec.rendezvous.rank, self.clock.phase, self.clock.step, group.talk if group else 0, ticks)
 
     def _join(self) -> Group | None:
         if self.spec.rendezvous.size == 1:
@@ -142,12 +167,14 @@ class Shard:
 
     def _loaded(self) -> Runner:
         """The model in transformers' own code, cut to this rank's part."""
+        from deployments.engine import finite
         from deployments.engine.attention import KvCache
         from deployments.engine.load import cuts_of, load
         from deployments.engine.runner import Runner
 
         spec = self.spec
         model = load(spec.directory, spec.model.dtype, self.group, spec.settings, self.progress, spec.model.quantization)
+        self._all(lambda: finite.require(model, spec.directory.name))
         self._cuts = cuts_of(model)
         all_reduce = self.group.all_reduce if self.group and self.group.place.tp > 1 else None
         return Runner(model, KvCache(spec.num_blocks, spec.settings.block_size), self.handover, all_reduce)
@@ -171,11 +198,15 @@ class Shard:
 
     def execute(self, batch: Batch) -> Tensor:
         """Leader: run a step on every rank."""
+        runner = self.runner
+        self.clock.computes()
         if self._launched:
             self._launched -= 1
         elif self.group:
             self.group.send(batch.pack())
-        return self.runner.run(batch)
+        logits = runner.run(batch)
+        self.clock.waits()
+        return logits
 
     def follow(self) -> None:
         """Every other rank: run what the leader sends, until it stops or the group breaks."""
@@ -184,8 +215,10 @@ class Shard:
             if isinstance(received, Order):
                 self._together(received)
             else:
+                self.clock.computes()
                 self.runner.run(Batch.unpack(received))
-        self._close()
+                self.clock.waits()
+        self._end()
 
     def command(self, order: Order) -> None:
         """Leader: have every rank obey, between two steps. Raises PlatformError when a rank could not; the group goes on."""
@@ -198,13 +231,14 @@ class Shard:
     def _together(self, order: Order) -> PlatformError | None:
         """Obey, and hear how the others fared."""
         failure = None
+        self.clock.obeys()
         try:
             self._obey(order)
         except PlatformError as error:
             failure = error
-        if self.group and not self.group.all_agree(failure is None):
-            return failure or PlatformError(f"another rank could not obey {type(order).__name__}")
-        return failure
+        agreed = not self.group or self.group.all_agree(failure is None)
+        self.clock.waits()
+        return failure if agreed or failure else PlatformError(f"another rank could not obey {type(order).__name__}")
 
     def _obey(self, order: Order) -> None:
         """Raises PlatformError for what this rank can't do; it is then as it was before."""
@@ -219,6 +253,60 @@ class Shard:
                 self.adapters.install(slot)
             case DropAdapter(slot):
                 self.adapters.drop(slot)
+            case Sleep():
+                self._close()
+                give_back()
+            case Wake():
+                self._wake()
+            case Swap(directory):
+                self._swap(Path(directory))
+
+    def _wake(self) -> None:
+        if self._running is None:
+            self._running = self._runner()
+            self.adapters.move(self._running, self._cuts)
+
+    def _swap(self, directory: Path) -> None:
+        """The new weights are loaded beside the old ones where memory allows on every rank, else in their place."""
+        before = self.spec
+        self._all(lambda: sameness.require(before.directory, directory, before.model, before.rendezvous.size))
+        beside = available() > SWAP_ROOM * before.model.weight_bytes
+        if not (self.group.all_agree(beside) if self.group else beside):
+            self._close()
+            give_back()
+        self.spec = replace(before, directory=directory)
+        try:
+            loaded = self._runner()
+        except PlatformError:
+            self.spec = before
+            self._wake()
+            raise
+        self._close()
+        self._running = loaded
+        self.adapters.move(loaded, self._cuts)
+        give_back()
+
+    def _all(self, check: Callable[[], None]) -> None:
+        """Raises PlatformError on every rank when `check` does on any."""
+        failure: PlatformError | None = None
+        try:
+            check()
+        except PlatformError as error:
+            failure = error
+        if self.group and not self.group.all_agree(failure is None) and failure is None:
+            failure = ModelNotServable(f"{self.spec.directory.name}: another rank refuses it")
+        if failure:
+            raise failure
+
+    def _close(self) -> None:
+        running, self._running = self._running, None
+        self.adapters.rest()
+        if running:
+            running.close()
+
+    def _end(self) -> None:
+        self._close()
+        self.adapters.close()
 
     def ping(self) -> None:
         if self.group:
@@ -227,11 +315,7 @@ class Shard:
     def stop(self) -> None:
         if self.group:
             self.group.stop()
-        self._close()
-
-    def _close(self) -> None:
-        self.adapters.close()
-        self.runner.close()
+        self._end()
 
 
 def _checked(runner: Runner) -> Runner:

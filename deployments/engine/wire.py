@@ -45,17 +45,24 @@ class Wire(Protocol):
     def all_reduce(self, tensor: Tensor) -> None:
         """The sum over all ranks, in place."""
 
+    @property
+    def talk(self) -> int:
+        """How many of these this rank has begun, in whatever unit; the same on all ranks whenever none waits."""
+
 
 class Gloo:
     """Sockets, between any machines. `group` None: all ranks."""
 
     def __init__(self, group: Any = None) -> None:
         self._group = group
+        self.talk = 0
 
     def broadcast(self, tensor: Tensor) -> None:
+        self.talk += 1
         dist.broadcast(tensor, group_src=0, group=self._group)
 
     def all_reduce(self, tensor: Tensor) -> None:
+        self.talk += 1
         dist.all_reduce(tensor, group=self._group)
 
 
@@ -66,8 +73,10 @@ class Line:
         self._place = place
         self._sending: deque[tuple[Tensor, list[Any]]] = deque()
         self._most = 2 * (place.pp + 1)  # messages that may be under way: two a step, and one step more than there are stages
+        self.talk = 0
 
     def broadcast(self, tensor: Tensor) -> None:
+        self.talk += 1
         if self._place.rank:
             dist.recv(tensor, 0)
             return
@@ -78,6 +87,7 @@ class Line:
                 work.wait()
 
     def all_reduce(self, tensor: Tensor) -> None:
+        self.talk += 1
         dist.all_reduce(tensor)
 
 

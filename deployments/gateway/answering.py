@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
+from cluster.errors import ModelError
 from cluster.types import Chunk, Generate, Usage
 from deployments.gateway.exchange import Exchange
 from deployments.gateway.openai.chat import ChatCall
@@ -37,6 +38,8 @@ class Call(Protocol):
     def whole(self, collected: Collected) -> Part: ...
     def parts(self, chunk: Chunk) -> Sequence[Part]: ...
     def usage(self) -> Usage: ...
+    @property
+    def failure(self) -> ModelError | None: ...
     def end(self) -> Sequence[Part]: ...
 
 
@@ -91,6 +94,10 @@ async def parts(models: Models, call: Call, notes: Exchange, seconds: float, sil
                     yield Said(said)
                     said = []
         notes.usage = call.usage()
+        if failure := call.failure:
+            if said:
+                yield Said(said)
+            raise failure
         yield Said([*said, *call.end()], last=True)
     finally:
         await relay.aclose()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -15,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster import metrics
-from cluster.errors import InvalidRequest
+from cluster.errors import DeadlineExceeded, InvalidRequest
 from cluster.settings import GatewaySettings
 from deployments.gateway import answering, errors, exchange, limits, middleware
 from deployments.gateway.entrance import KEEPALIVE_S, Entrance
@@ -25,7 +26,7 @@ from deployments.gateway.openai.answers import ChatCompletion, Completion, Error
 from deployments.gateway.openai.types import ChatRequest, CompletionRequest
 from deployments.gateway.responses import event_stream, json_response
 from deployments.gateway.scopes import PUBLIC, ScopedRoute, public_paths, requires
-from deployments.router import Models
+from deployments.router import Models, Word
 
 router = APIRouter(route_class=ScopedRoute, responses={"default": {"model": ErrorResponse}})
 
@@ -57,8 +58,9 @@ async def health() -> Response:
 @requires(PUBLIC)
 async def ready(request: Request) -> Response:
     """200 when at least one model answers."""
-    states = await entrance(request).models.ready()
-    return json_response({"ready": any(states.values()), "models": states}, 200 if any(states.values()) else 503)
+    models = entrance(request).models
+    states, asleep = await models.ready(), await models.asleep()
+    return json_response({"ready": any(states.values()), "models": states, "asleep": asleep}, 200 if any(states.values()) else 503)
 
 
 @router.get("/metrics", tags=["operation"])
@@ -85,6 +87,20 @@ async def retrieve_model(request: Request, model: str) -> Response:
     return json_response(models.card(models.find(await served.list(), await served.adapters(), model)))
 
 
+@router.post("/v1/models/{model}/sleep", tags=["operation"], status_code=204)
+@requires("admin")
+async def put_to_sleep(request: Request, model: str) -> Response:
+    """Give a model's memory back to the system until it is asked for something, or woken."""
+    return await tell(request, model, "sleep")
+
+
+@router.post("/v1/models/{model}/wake", tags=["operation"], status_code=204)
+@requires("admin")
+async def wake_up(request: Request, model: str) -> Response:
+    """Load a sleeping model again."""
+    return await tell(request, model, "wake")
+
+
 @router.post("/v1/chat/completions", tags=["chat"], response_model=ChatCompletion, openapi_extra=_takes(ChatRequest))
 @requires("inference")
 async def create_chat_completion(request: Request) -> Response:
@@ -107,6 +123,16 @@ async def generate(request: Request, operation: str) -> Response:
     if call.streams:
         return await event_stream(answering.parts(parts.models, call, notes, seconds, parts.keepalive_s))
     return json_response(await answering.whole(parts.models, call, notes, seconds))
+
+
+async def tell(request: Request, model: str, word: Word) -> Response:
+    parts = entrance(request)
+    try:
+        async with asyncio.timeout(parts.settings.max_stream_s):
+            await parts.models.tell(model, word)
+    except TimeoutError:
+        raise DeadlineExceeded(f"The model {model[:256]!r} did not {word} within {parts.settings.max_stream_s:g} s.") from None
+    return Response(status_code=204)
 
 
 def entrance(request: Request) -> Entrance:

@@ -12,7 +12,7 @@ import msgspec
 import pydantic
 from starlette.exceptions import HTTPException
 
-from cluster.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge, PlatformError
+from cluster.errors import Conflict, InvalidRequest, ModelError, NotFound, PayloadTooLarge, PlatformError
 
 _BY_PYDANTIC = {"missing": "missing_required_parameter", "finite_number": "invalid_value"}
 _STATUS_TEXT = {404: "there is no such route", 405: "this route does not answer that method"}
@@ -30,8 +30,8 @@ class ClientGone(Exception):
 
 
 def public(error: BaseException, request_id: str) -> PlatformError:
-    """What a caller may know about `error`: a status-500 error keeps its code and loses its words."""
-    if isinstance(error, PlatformError) and error.status != 500:
+    """What a caller may know about `error`: a status-500 error keeps its code and loses its words, unless the model made it."""
+    if isinstance(error, PlatformError) and (error.status != 500 or isinstance(error, ModelError)):
         return error
     code = error.public_code if isinstance(error, PlatformError) else None
     return PlatformError(f"The server failed on this request. Please quote {request_id} when you report it.", code=code)
@@ -54,7 +54,7 @@ def retry_headers(error: PlatformError) -> list[tuple[bytes, bytes]]:
     headers = []
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
-    if isinstance(error, Conflict):
+    if isinstance(error, (Conflict, ModelError)):
         headers.append((b"x-should-retry", b"false"))
     return headers
 

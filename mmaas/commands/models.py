@@ -1,4 +1,5 @@
-"""`mmaas deploy` and `mmaas undeploy`: change the desired state, then make the cluster follow it."""
+"""`mmaas deploy` and `mmaas undeploy` change the desired state, then make the cluster follow it; `mmaas sleep` and `mmaas wake`
+change what a served model holds."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ import typer
 def add_to(app: typer.Typer) -> None:
     app.command()(deploy)
     app.command()(undeploy)
+    app.command()(sleep)
+    app.command()(wake)
 
 
 def deploy(
@@ -49,6 +52,23 @@ def undeploy(name: Annotated[str, typer.Argument(help="Name of the served model.
     with opened_store(loaded) as store:
         Desired(store).delete(name)
     reconcile(loaded)
+
+
+def sleep(name: Annotated[str, typer.Argument(help="Name of the served model.")]) -> None:
+    """Give a model's memory back. The next request wakes it, or `mmaas wake`."""
+    _tell(name, "sleep")
+
+
+def wake(name: Annotated[str, typer.Argument(help="Name of the served model.")]) -> None:
+    """Load a sleeping model again."""
+    _tell(name, "wake")
+
+
+def _tell(name: str, word: str) -> None:
+    from cluster import settings
+    from deployments import fleet
+
+    fleet.tell(name, word, settings=settings.load())
 
 
 def parse_replicas(text: str) -> tuple[int, int]:

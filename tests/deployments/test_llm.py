@@ -17,7 +17,7 @@ def replica() -> LLM:
     llm._defaults, llm._room = {}, 100
     llm._model = SimpleNamespace(vocab_size=50)  # type: ignore[assignment]
     llm._tokenizer = SimpleNamespace(eos_ids=[1])  # type: ignore[assignment]
-    llm._group = SimpleNamespace(engine=SimpleNamespace(next_id=lambda: 7))  # type: ignore[assignment]
+    llm._life = SimpleNamespace(engine=SimpleNamespace(next_id=lambda: 7))  # type: ignore[assignment]
     return llm
 
 

@@ -7,6 +7,7 @@ compares its logits with those that the module gave before.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ class Decoder:
         self._meeting = wire if isinstance(wire, Meeting) else None
         self._all_reduce = None if isinstance(wire, Meeting) else wire
         self._failure: BaseException | None = None
+        self._closing = threading.Lock()
         self._kept: list[Any] = []  # what the decoder has addresses of
         self._products = products_of(model.layers, model.hidden, model.first_layer)
         self._adapters: dict[int, PackedAdapter] = {}  # by slot
@@ -148,11 +150,18 @@ class Decoder:
         self._library.mmaas_decoder_profile(self._handle, seconds)
         return dict(zip(PHASES, seconds, strict=True))
 
+    @property
+    def ticks(self) -> float:
+        """Grows within a step, as its parts come to an end. May be asked from another thread, at any time."""
+        with self._closing:
+            return sum(self.profile().values()) if self._handle else 0.0
+
     def close(self) -> None:
         """End the threads. The decoder must not be used any more."""
-        if self._handle:
-            self._library.mmaas_decoder_delete(self._handle)
-            self._handle = None
+        with self._closing:
+            if self._handle:
+                self._library.mmaas_decoder_delete(self._handle)
+                self._handle = None
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):

@@ -407,6 +407,11 @@ int mmaas_meeting_missing(void* meeting) {
     return over ? static_cast<int>(over >> 8) : -1;
 }
 
+uint32_t mmaas_meeting_round(const void* meeting) {
+    const auto& asked = *static_cast<const Meeting*>(meeting);
+    return asked.seats[asked.rank].posted.load();
+}
+
 void mmaas_meeting_leave(void* meeting) {
     Meeting& leaving = at(meeting);
     munmap(leaving.board, leaving.bytes);

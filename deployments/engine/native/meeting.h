@@ -39,6 +39,9 @@ int mmaas_meeting_gather(void* meeting, const float* part, int64_t rows, int64_t
 // After a failure: the rank that was waited for. Before one: -1.
 int mmaas_meeting_missing(void* meeting);
 
+// How many rounds this rank has begun. May be asked from any thread.
+uint32_t mmaas_meeting_round(const void* meeting);
+
 // Ranks that still wait for this one see it as lost. `meeting` is gone afterwards.
 void mmaas_meeting_leave(void* meeting);
 }

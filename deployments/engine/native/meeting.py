@@ -102,6 +102,11 @@ class Meeting:
         self.check(self._library.mmaas_meeting_gather(self.handle, part.data_ptr(), rows, columns, out, self.timeout_s))
         return whole
 
+    @property
+    def talk(self) -> int:
+        """How many rounds this rank has begun. May be asked from another thread."""
+        return int(self._library.mmaas_meeting_round(self.handle)) if self.handle is not None else 0
+
     def leave(self) -> None:
         """Give the seat up; ranks that still wait for this one see it as lost."""
         if self.handle is not None:
@@ -124,10 +129,12 @@ def _prepared(library: ctypes.CDLL) -> ctypes.CDLL:
         "mmaas_meeting_broadcast": [handle, address, number, seconds],
         "mmaas_meeting_gather": [handle, address, number, number, address, seconds],
         "mmaas_meeting_missing": [handle],
+        "mmaas_meeting_round": [handle],
     }
     for name, types in signatures.items():
         getattr(library, name).argtypes = types
     library.mmaas_meeting_bytes.restype, library.mmaas_meeting_bytes.argtypes = ctypes.c_size_t, [ctypes.c_int]
+    library.mmaas_meeting_round.restype = ctypes.c_uint32
     library.mmaas_meeting_leave.restype, library.mmaas_meeting_leave.argtypes = None, [handle]
     library.mmaas_meeting_join.restype = ctypes.c_void_p
     library.mmaas_meeting_join.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int, ctypes.c_int]

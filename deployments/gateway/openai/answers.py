@@ -159,10 +159,15 @@ def usage(spent: types.Usage) -> Usage:
     }
 
 
+def ends(delta: types.Delta) -> bool:
+    """Whether the choice ends here with a reason that the API has a word for. `error` is said by an error."""
+    return delta.finish_reason not in (None, "error")
+
+
 def finish(reason: types.FinishReason | None) -> Finish | None:
-    """`abort` never gets here: `Progress` raises on it."""
+    """`abort` never gets here: `Progress` raises on it. The API has no word for `error`."""
     assert reason != "abort"
-    return reason
+    return None if reason == "error" else reason
 
 
 def top_token(token: TokenLogprob | TopLogprob) -> TopToken:

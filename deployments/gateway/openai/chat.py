@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from cluster.errors import ModelError
 from cluster.types import Chunk, Delta, Generate, Message, TokenLogprob, Usage
 from deployments.gateway.openai import answers, unsupported
 from deployments.gateway.openai.answers import ChatChunk, ChatCompletion, ChatDelta, ChatLogprobs, Finish
@@ -57,7 +58,7 @@ class ChatCall:
                     "logprobs": self._logprobs(choice.logprobs),
                     "finish_reason": answers.finish(choice.finish_reason) or "stop",
                 }
-                for index, choice in enumerate(collected.choices)
+                for index, choice in collected.good()
             ],
             "usage": answers.usage(spent),
         }
@@ -68,6 +69,8 @@ class ChatCall:
     def parts(self, chunk: Chunk) -> list[ChatChunk]:
         """The chunks that say this; the first call opens every choice in index order, which the official client needs."""
         self._progress.add(chunk)
+        if not self._started and self._progress.has_failed:
+            return []  # nothing was said: it can still be an error answer
         said = [] if self._started else [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(self.choices)]
         self._started = True
         for delta in chunk.deltas:
@@ -77,6 +80,11 @@ class ChatCall:
     def usage(self) -> Usage:
         """Raises ReplicaLost when the streamed answer isn't whole."""
         return self._progress.usage()
+
+    @property
+    def failure(self) -> ModelError | None:
+        """What a streamed answer ends with when the model failed on a choice."""
+        return self._progress.failure
 
     def end(self) -> list[ChatChunk]:
         """The usage chunk, for a caller that asked."""
@@ -88,7 +96,7 @@ class ChatCall:
         said = []
         if delta.text or delta.logprobs:
             said.append(self._chunk(delta.index, {"content": delta.text}, logprobs=self._logprobs(delta.logprobs)))
-        if delta.finish_reason is not None:
+        if answers.ends(delta):
             said.append(self._chunk(delta.index, {}, finish=answers.finish(delta.finish_reason)))
         return said
 

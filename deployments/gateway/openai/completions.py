@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from cluster.errors import ModelError
 from cluster.types import Chunk, Delta, Generate, Sampling, TokenLogprob, Usage
 from deployments.gateway.openai import answers, unsupported
 from deployments.gateway.openai.answers import Completion, Finish, TextChoice, TextLogprobs
@@ -48,20 +49,27 @@ class CompletionCall:
         spent = collected.usage()
         choices = [
             self._choice(i, self._echo(i) + choice.text, choice.logprobs, answers.finish(choice.finish_reason))
-            for i, choice in enumerate(collected.choices)
+            for i, choice in collected.good()
         ]
         return {**self._head(), "choices": choices, "usage": answers.usage(spent)}
 
     def parts(self, chunk: Chunk) -> list[Completion]:
         self._progress.add(chunk)
+        if not self._started and self._progress.has_failed:
+            return []  # nothing was said, not even an echo: it can still be an error answer
         said = [] if self._started else [self._chunk(self._choice(i, self._echo(i))) for i in range(self.choices) if self._echo(i)]
         self._started = True
-        said += [self._chunk(self._from(delta)) for delta in chunk.deltas if delta.text or delta.logprobs or delta.finish_reason]
+        said += [self._chunk(self._from(delta)) for delta in chunk.deltas if delta.text or delta.logprobs or answers.ends(delta)]
         return said
 
     def usage(self) -> Usage:
         """Raises ReplicaLost when the streamed answer isn't whole."""
         return self._progress.usage()
+
+    @property
+    def failure(self) -> ModelError | None:
+        """What a streamed answer ends with when the model failed on a choice."""
+        return self._progress.failure
 
     def end(self) -> list[Completion]:
         """The usage chunk, for a caller that asked."""

@@ -1,10 +1,14 @@
-"""What has come of an answer so far. An answer that ends without a reason for every choice, or without usage, is a broken one."""
+"""What has come of an answer so far. An answer that ends without a reason for every choice, or without usage, is a broken one.
+
+A choice that the model failed on is an error of that choice alone. Whole answers leave it out, and are an error themselves when no
+choice is left; streams end with the error after everything else was said.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cluster.errors import ReplicaLost
+from cluster.errors import ModelError, ReplicaLost
 from cluster.types import Chunk, Delta, FinishReason, TokenLogprob, Usage
 
 
@@ -12,8 +16,22 @@ class Progress:
     """Counts down the choices and adds up usage over the calls that make one answer."""
 
     def __init__(self, choices: int) -> None:
-        self._unfinished = set(range(choices))
+        self._choices, self._unfinished = choices, set(range(choices))
         self._usage: Usage | None = None
+        self._failed: set[int] = set()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the model failed on every choice."""
+        return len(self._failed) == self._choices
+
+    @property
+    def failure(self) -> ModelError | None:
+        """What came of the choices that the model failed on."""
+        if not self._failed:
+            return None
+        which = ", ".join(map(str, sorted(self._failed)))
+        return ModelError(f"The model can't continue this text: no token can be chosen (choice {which}).")
 
     def add(self, chunk: Chunk) -> None:
         """Raises ReplicaLost when the engine gave a choice up."""
@@ -22,6 +40,8 @@ class Progress:
                 raise ReplicaLost("The model stopped working on this request.", retry_after_s=1.0)
             if delta.finish_reason is not None:
                 self._unfinished.discard(delta.index)
+            if delta.finish_reason == "error":
+                self._failed.add(delta.index)
         if chunk.usage is not None:
             self._usage = chunk.usage if self._usage is None else _sum(self._usage, chunk.usage)
 
@@ -65,6 +85,13 @@ class Collected:
     def usage(self) -> Usage:
         """Raises ReplicaLost when the answer isn't whole."""
         return self._progress.usage()
+
+    def good(self) -> list[tuple[int, Choice]]:
+        """The choices that the model didn't fail on, with their indices. Raises ModelError when there is none."""
+        good = [(index, choice) for index, choice in enumerate(self.choices) if choice.finish_reason != "error"]
+        if self._progress.failure and not good:
+            raise self._progress.failure
+        return good
 
 
 def _sum(a: Usage, b: Usage) -> Usage:

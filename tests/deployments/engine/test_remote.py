@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from cluster.errors import Overloaded, ReplicaLost
+from cluster.errors import Conflict, Overloaded, PlatformError, ReplicaLost, Unavailable
 from cluster.settings import EngineSettings
 from deployments.engine.batch import Batch
 from deployments.engine.engine import Request
 from deployments.engine.lead import lead
+from deployments.engine.orders import Look, Sleep, Swap, Wake
 from deployments.engine.remote import RemoteEngine
 from tests.deployments.engine.arithmetic import count_up, request
 
@@ -32,6 +33,9 @@ class CountingShard:
     gate: threading.Event = field(default_factory=threading.Event)
     pings: int = 0
     stopped: bool = False
+    is_asleep: bool = False
+    obeyed: list[object] = field(default_factory=list)
+    refuses: bool = False
 
     def execute(self, batch: Batch) -> object:
         self.gate.wait()
@@ -41,6 +45,13 @@ class CountingShard:
 
     def ping(self) -> None:
         self.pings += 1
+
+    def command(self, order: object) -> None:
+        self.gate.wait()
+        if self.refuses:
+            raise PlatformError("another rank could not obey")
+        self.obeyed.append(order)
+        self.is_asleep = isinstance(order, Sleep) or (self.is_asleep and not isinstance(order, Wake))
 
     def stop(self) -> None:
         self.stopped = True
@@ -123,6 +134,7 @@ async def test_full_queue_refuses_the_newest_of_who_has_most(pair: tuple[RemoteE
     newcomers = (b"a", b"b", b"b", b"c", b"c")
     assert [engine.make_place(tenant, "interactive") for tenant in newcomers] == [False, True, False, True, False]
     assert engine.num_streams == 2
+    await asyncio.wait(tasks[2:])  # they have said that they leave before anything is computed
     shard.gate.set()
     ended = await asyncio.gather(*tasks, return_exceptions=True)
     assert ended[:2] == [[1, 2, 3, 4], [2, 3, 4, 5]]
@@ -182,3 +194,73 @@ async def test_broken_step_ends_every_stream_with_an_error(pair: tuple[RemoteEng
     with pytest.raises(ReplicaLost):
         await collect(engine, 9, [9])
     shard.broken = True
+
+
+async def test_order_is_awaited_and_streams_go_on(pair: tuple[RemoteEngine, CountingShard]) -> None:
+    engine, shard = pair
+    answer = asyncio.create_task(collect(engine, 1, [1], max_tokens=100))
+    await engine.order(Look())
+    assert shard.obeyed == [Look()]
+    assert len(await answer) == 100
+    assert not engine.is_obeying
+
+
+async def test_refused_order_is_an_error_and_the_group_goes_on(pair: tuple[RemoteEngine, CountingShard]) -> None:
+    engine, shard = pair
+    shard.refuses = True
+    with pytest.raises(Unavailable, match="could not obey"):
+        await engine.order(Look())
+    shard.refuses = False
+    await engine.order(Look())
+    assert await collect(engine, 1, [1]) == [2, 3, 4, 5]
+
+
+async def test_order_to_a_lost_group_is_an_error(pair: tuple[RemoteEngine, CountingShard]) -> None:
+    engine, shard = pair
+    shard.gate.clear()
+    order = asyncio.create_task(engine.order(Look()))
+    await until(lambda: engine.is_obeying)
+    engine.fail("a shard of the model's group died")
+    with pytest.raises(ReplicaLost):
+        await order
+    with pytest.raises(ReplicaLost):
+        await engine.order(Look())
+
+
+async def test_nothing_is_lost_or_computed_in_a_sleep(pair: tuple[RemoteEngine, CountingShard]) -> None:
+    engine, shard = pair
+    running = asyncio.create_task(collect(engine, 1, [1], max_tokens=200))
+    await until(lambda: engine.stats.running == 1)
+    engine.hold()
+    await engine.order(Sleep())
+    later = asyncio.create_task(collect(engine, 2, [7]))
+    await until(lambda: engine.num_held == 1)
+    await until(lambda: shard.pings >= 1)
+    steps = engine.stats.steps
+    await until(lambda: shard.pings >= 3)
+    assert 0 < engine.stats.steps == steps
+    assert not running.done()
+    assert not later.done()
+    await engine.order(Wake())
+    engine.release()
+    assert await later == [8, 9, 10, 11]
+    assert await running == [(2 + place) % 300 for place in range(200)]
+    await until(lambda: engine.stats.blocks_used == 0)
+
+
+async def test_weights_are_never_swapped_under_an_answer(pair: tuple[RemoteEngine, CountingShard]) -> None:
+    engine, shard = pair
+    running = asyncio.create_task(collect(engine, 1, [1], max_tokens=150))
+    await until(lambda: engine.num_streams == 1)
+    engine.hold()
+    later = asyncio.create_task(collect(engine, 2, [7]))
+    with pytest.raises(Conflict, match="still running"):
+        await engine.order(Swap("elsewhere"))
+    assert shard.obeyed == []
+    await engine.drain()
+    assert running.done() or await running
+    await engine.order(Swap("elsewhere"))
+    assert not later.done(), "it waits for the new weights"
+    engine.release()
+    assert await later == [8, 9, 10, 11]
+    assert shard.obeyed == [Swap("elsewhere")]

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from cluster.types import Sampling
-from deployments.engine.sampler import NOT_FINITE, adjust, choose, draw, largest, sample, truncate, uniform
-from deployments.engine.sequence import Sequence
+from deployments.engine.sampler import adjust, best, choose, draw, sample, truncate, uniform
+from deployments.engine.sequence import NO_TOKEN, Sequence
 
 SIZE = 50
 
@@ -59,7 +59,8 @@ def test_truncation_keeps_the_tokens_that_transformers_keeps(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_the_largest_is_the_first_of_equals(rows: list[list[float]], dtype: torch.dtype) -> None:
-    assert largest(torch.tensor(rows, dtype=dtype)) == [row.index(max(row)) for row in rows]
+    first = [row.index(max(row)) if max(row) > -math.inf else NO_TOKEN for row in rows]
+    assert best(torch.tensor(rows, dtype=dtype)) == first
 
 
 def test_each_row_is_truncated_by_its_own_rules() -> None:
@@ -134,7 +135,7 @@ def test_a_row_without_a_finite_best_gets_no_token_and_harms_no_other(bad: float
     whole = choose(logits.clone(), items)
     logits[1, 7 if bad != -math.inf else slice(None)] = bad
     logits[2, 7 if bad != -math.inf else slice(None)] = bad
-    assert choose(logits, items) == [whole[0], NOT_FINITE, NOT_FINITE, whole[3]]
+    assert choose(logits, items) == [whole[0], NO_TOKEN, NO_TOKEN, whole[3]]
 
 
 def test_batch_mates_change_no_choice() -> None:

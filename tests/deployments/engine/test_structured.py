@@ -23,8 +23,9 @@ from cluster.settings import EngineSettings
 from cluster.types import Constraint, Sampling
 from deployments.engine import schemas
 from deployments.engine.batch import Batch
-from deployments.engine.engine import NO_TOKEN, Engine, Output, Request
+from deployments.engine.engine import Engine, Output, Request
 from deployments.engine.local import LocalEngine
+from deployments.engine.sequence import NO_TOKEN
 from deployments.engine.structured import Grammars
 from deployments.engine.tokenizer import Tokenizer
 from tests.deployments.engine import families, texts

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from cluster.types import Sampling
 from deployments.engine.native.sampling import NativeSampler
-from deployments.engine.sampler import NOT_FINITE, Choose, choose, truncate, uniform
-from deployments.engine.sequence import Sequence
+from deployments.engine.sampler import Choose, choose, truncate, uniform
+from deployments.engine.sequence import NO_TOKEN, Sequence
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +96,9 @@ def test_draws_follow_the_truncated_softmax(compiled: NativeSampler) -> None:
 def test_a_row_that_is_not_finite_gets_no_token(compiled: NativeSampler, bad: float, column: int) -> None:
     logits = torch.zeros(2, 32)
     logits[1, column] = bad
-    assert compiled(logits, sequences(Sampling(), Sampling()))[1] == NOT_FINITE
-    assert compiled(logits, sequences(Sampling(temperature=0), Sampling(temperature=0))) == [0, NOT_FINITE]
+    assert compiled(logits, sequences(Sampling(), Sampling()))[1] == NO_TOKEN
+    assert compiled(logits, sequences(Sampling(temperature=0), Sampling(temperature=0))) == [0, NO_TOKEN]
 
 
 def test_a_row_without_any_token_left_gets_none(compiled: NativeSampler) -> None:
-    assert compiled(torch.full((1, 40), -math.inf), sequences(Sampling())) == [NOT_FINITE]
+    assert compiled(torch.full((1, 40), -math.inf), sequences(Sampling())) == [NO_TOKEN]

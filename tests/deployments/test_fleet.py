@@ -1,0 +1,49 @@
+"""What has to happen for a change of the desired state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from cluster.settings import Settings
+from cluster.types import Deployment
+from deployments.fleet import Plan, Target, find, plan
+from tests.deployments.engine.families import build
+
+CHAT = Deployment("chat", "models:/chat@champion")
+TARGET = Target(CHAT, Path("/models/2"), "digest-2", "frame")
+
+
+def runs(digest: str = "digest-1", frame: str = "frame") -> dict[str, str]:
+    return {"digest": digest, "frame": frame, "version": "v1"}
+
+
+def test_what_runs_as_wanted_is_left_alone() -> None:
+    assert plan([TARGET], {"chat": runs("digest-2")}) == Plan((), (), ())
+
+
+def test_new_files_are_swapped_in_and_keep_their_version() -> None:
+    assert plan([TARGET], {"chat": runs()}) == Plan((), ((TARGET, "v1"),), ())
+
+
+def test_anything_else_is_deployed_anew() -> None:
+    assert plan([TARGET], {"chat": runs(frame="other")}) == Plan((), (), (TARGET,))
+    assert plan([TARGET], {"chat": None}) == Plan((), (), (TARGET,))
+    assert plan([TARGET], {}) == Plan((), (), (TARGET,))
+    assert plan([TARGET], {"chat": {"digest": "of an older version"}}) == Plan((), (), (TARGET,))
+
+
+def test_what_nobody_wants_is_removed() -> None:
+    assert plan([], {"chat": runs(), "other": None}) == Plan(("chat", "other"), (), ())
+
+
+def test_frame_is_everything_but_the_files(tmp_path: Path) -> None:
+    first, second = build("llama", tmp_path / "first"), build("llama", tmp_path / "second", seed=1)
+    settings = Settings(home=tmp_path)
+    of = {name: find(Deployment("chat", str(path)), settings) for name, path in (("first", first), ("second", second))}
+    assert of["first"].digest != of["second"].digest
+    assert of["first"].frame == of["second"].frame
+    other = replace(of["first"].deployment, dtype="bfloat16")
+    assert find(other, settings).frame != of["first"].frame
+    slower = Settings(home=tmp_path, engine={"max_sequences": 3})
+    assert find(of["first"].deployment, slower).frame != of["first"].frame
