@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 import yaml
@@ -107,6 +107,8 @@ class EngineSettings(_Section):
     cut_weights_bytes: int = Field(default=64 << 30, ge=0)
     """Disk that a node's ranks may fill, in `cache`, with weights that are cut and converted already, so that a second start reads
     only those; models that were not used for longest go first. 0: none are kept."""
+    tool_formats: dict[str, Literal["hermes", "llama", "mistral", "mistral-named"]] = {}
+    """How served models write calls of tools, by their names, where it is another way than their chat template tells."""
     prefix_cache: bool = True
     """Keep the KV blocks of finished prompts and share them with later prompts of the same tenant that start alike."""
 

@@ -6,7 +6,7 @@ Work per token is bounded by the length of the token and of the stop strings, ho
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,9 +33,18 @@ class Text:
 class Detokenizer:
     """The text of one sequence. `stop` ends it where the first of these strings is complete; the string itself isn't shown."""
 
-    def __init__(self, tokenizer: TokenBytes, stop: Sequence[str] = (), *, prompt_ids: Iterable[int] = ()) -> None:
-        """`prompt_ids`: the tokens before; after any text the first token keeps its space."""
+    def __init__(
+        self,
+        tokenizer: TokenBytes,
+        stop: Sequence[str] = (),
+        *,
+        prompt_ids: Iterable[int] = (),
+        shown: Mapping[int, str] | None = None,
+    ) -> None:
+        """`prompt_ids`: the tokens before; after any text the first token keeps its space. `shown`: text for special tokens, which
+        have none otherwise."""
         self._tokenizer = tokenizer
+        self._shown = {token_id: text.encode() for token_id, text in (shown or {}).items()}
         self._stop = tuple(string for string in stop if string)
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._held = ""  # may be the start of a stop string
@@ -61,7 +70,7 @@ class Detokenizer:
 
     def _bytes(self, token_id: int) -> bytes:
         if token_id in self._tokenizer.special_ids:
-            return b""
+            return self._shown.get(token_id, b"")
         if self._begun:
             return self._tokenizer.token_bytes(token_id)
         self._begun = True
