@@ -42,9 +42,9 @@ class Detokenizer:
         shown: Mapping[int, str] | None = None,
     ) -> None:
         """`prompt_ids`: the tokens before; after any text the first token keeps its space. `shown`: text for special tokens, which
-        have none otherwise."""
+        have none otherwise; it may hold what no token spells."""
         self._tokenizer = tokenizer
-        self._shown = {token_id: text.encode() for token_id, text in (shown or {}).items()}
+        self._shown = shown or {}
         self._stop = tuple(string for string in stop if string)
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._held = ""  # may be the start of a stop string
@@ -57,7 +57,7 @@ class Detokenizer:
         for used, token_id in enumerate(token_ids):
             if self.stopped:
                 return Text("".join(news), True, used)
-            news.append(self._advance(self._decode(self._bytes(token_id))))
+            news.append(self._advance(self._text(token_id)))
         return Text("".join(news), self.stopped, len(token_ids))
 
     def finish(self) -> Text:
@@ -68,9 +68,14 @@ class Detokenizer:
         held, self._held = self._held, ""
         return Text(news + held, self.stopped, 0)
 
+    def _text(self, token_id: int) -> str:
+        if token_id in self._shown:
+            return self._decode(b"", True) + self._shown[token_id]
+        return self._decode(self._bytes(token_id))
+
     def _bytes(self, token_id: int) -> bytes:
         if token_id in self._tokenizer.special_ids:
-            return self._shown.get(token_id, b"")
+            return b""
         if self._begun:
             return self._tokenizer.token_bytes(token_id)
         self._begun = True

@@ -23,6 +23,7 @@ from deployments.engine.vocabulary import Vocabulary
 
 MAX_CHARS_PER_TOKEN = 16
 """A rendered chat of more characters than this for every token of the context can't be a prompt."""
+_WELL_KNOWN = "<think> <tool_call> <tool_response>"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -134,15 +135,20 @@ class Tokenizer:
 
 def _markup(spec: Mapping[str, Any], templates: Templates) -> ControlTokens:
     """Tokens of the chat's form that aren't special, as `<tool_call>` and `</think>` often are: added tokens that look like markup
-    and that the template writes, or that have the form of control tokens. Others, like HTML's tags, are text."""
-    written = (templates.chat or "") + (templates.tools or "")
+    and that the template writes, or that are well known. Others, like HTML's tags, are text."""
+    written = (templates.chat or "") + (templates.tools or "") + _WELL_KNOWN
     added = [token for token in spec.get("added_tokens") or () if isinstance(token, dict)]
     contents = [content for token in added if (content := _content(token.get("content"))) and not token.get("special")]
-    return ControlTokens(text for text in contents if _is_control(text) or (_is_markup(text) and text in written))
+    return ControlTokens(text for text in contents if _is_control(text) or (_is_markup(text) and _is_written(text, written)))
 
 
 def _is_control(text: str) -> bool:
     return text.startswith("<|") and text.endswith("|>")
+
+
+def _is_written(text: str, template: str) -> bool:
+    """Whether a template writes this or its other half: `<think>` and `</think>` go together."""
+    return text in template or text.replace("/", "", 1) in template or f"{text[0]}/{text[1:]}" in template
 
 
 def _is_markup(text: str) -> bool:

@@ -78,14 +78,20 @@ class Grammar:
             case constraint:
                 raise InvalidRequest(f"A {constraint.kind} for the answer can't stand beside tools.", param="tools")
 
+    def beside(self, calls: str) -> str:
+        """Text and then calls, where a special token tells them apart; one or the other where the text has a form."""
+        text = self.text()
+        return self.start(f"{text} ({calls})?" if self._offer.answer is None else f"{text} | {calls}")
+
     def triggered(self, trigger: str, behind: str) -> str:
         """Any text; from the moment it holds `trigger`, a call must follow."""
-        self.rule("tail", self.text())
+        text = self.text()
         if self._offer.answer is not None:
             calls = f"({literal(trigger)} {behind} /\\s*/)" + ("+" if self._offer.parallel else "")
-            return self.start(f"tail | {calls}")
-        self.rule("lead[lazy]", f"TEXT {literal(trigger)}")
-        return self.start(f"(lead {behind}){'*' if self._offer.parallel else '?'} tail")
+            return self.start(f"{text} | {calls}")
+        self.rule("tail", text)
+        self.rule("lead[lazy]", f"{text} {literal(trigger)}")  # lazy, so that the trigger can't be text
+        return self.start(f"(lead {behind})* tail" if self._offer.parallel else f"lead {behind} | tail")
 
     def start(self, body: str) -> str:
         return "\n".join([f"start: {body}", *(f"{name}: {rule}" for name, rule in self._rules.items())]) + "\n"

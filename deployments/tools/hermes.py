@@ -39,6 +39,5 @@ class Hermes:
         if offer.must_call:
             return grammar.start('call ("\\n" call)*' if offer.parallel else "call")
         if self.begin.token is not None:
-            calls = "call (/[ \\n]*/ call)*" if offer.parallel else "call"
-            return grammar.start(f"{grammar.text()} ({calls} /\\s*/)?")
+            return grammar.beside('call ("\\n" call)*' if offer.parallel else "call")
         return grammar.triggered(self.begin.text, f'"\\n" {body} "\\n" {self.end.lark}')

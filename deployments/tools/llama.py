@@ -51,4 +51,6 @@ class Llama:
         grammar.rule("call", grammar.any_call('{"name": ', ', "parameters": ', "}"))
         if offer.must_call:
             return grammar.start("call")
-        return grammar.start(f"({grammar.text(not_first='{')})? | call | {self.tag.lark} call")
+        if offer.answer is not None:  # JSON of two kinds: the tag tells them apart
+            return grammar.start(f"{grammar.text()} | {self.tag.lark} call")
+        return grammar.start(f"{grammar.text(not_first='{')}? | call | {self.tag.lark} call")

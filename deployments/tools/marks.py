@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from deployments.engine.tokenizer import Tokenizer
 
-HIDDEN = "\ufdd1-\ufdd9"
-"""Unicode noncharacters, as a range of a regular expression: what parsers see where the model wrote a special token."""
+HIDDEN = "\ud800-\ud80f"
+"""What parsers see where the model wrote a special token, as a range of a regular expression: halves of surrogate pairs, which no
+text has. None of them leaves this package."""
 
 _HIDDEN = re.compile(f"[{HIDDEN}]")
 
@@ -33,7 +34,7 @@ class Marks:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._texts: Iterator[str] = map(chr, range(0xFDD1, 0xFDDA))
+        self._texts: Iterator[str] = map(chr, range(0xD800, 0xD810))
         self.shown: dict[int, str] = {}
 
     def of(self, word: str) -> Mark:

@@ -78,5 +78,5 @@ class Mistral:
         if offer.must_call:
             return grammar.start(calls)
         if self.calls.token is not None:
-            return grammar.start(f"{grammar.text()} ({calls})?")
+            return grammar.beside(calls)
         return grammar.triggered(self.calls.text, behind)

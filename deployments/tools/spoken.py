@@ -29,7 +29,10 @@ class Spoken:
         self._was_text = True
 
     def add(self, token_id: int, logprob: TokenLogprob) -> None:
-        self._come += len(self._shown[token_id]) if token_id in self._shown else len(self._length.decode(self._bytes(token_id)))
+        if token_id in self._shown:
+            self._come += len(self._length.decode(b"", True)) + len(self._shown[token_id])
+        else:
+            self._come += len(self._length.decode(self._bytes(token_id)))
         self._waiting.append((self._come, logprob))
 
     def take(self, spans: Iterable[Said | Unsaid], *, at_end: bool) -> list[TokenLogprob]:
