@@ -57,6 +57,7 @@ class Constraint:
 
     kind: Literal["json_object", "json_schema", "regex", "grammar"]
     text: str = ""
+    param: str = field(default="response_format", compare=False)  # the request's field that says so, for errors
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,7 +156,7 @@ class LLM:
             if not 0 <= token < self._model.vocab_size:
                 raise InvalidRequest(f"logit_bias names token {token}; the model has {self._model.vocab_size}.", param="logit_bias")
         stop_ids = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(self._tokenizer.eos_ids))
-        stop_ids |= self._tools.stop_ids if self._tools and offers(call) else frozenset()
+        stop_ids |= self._tools.stop_ids if offers(call) and self._tools else frozenset()
         return Request(
             id=self._group.engine.next_id(),
             prompt=prompt,

@@ -51,7 +51,7 @@ class ToolFormat:
         """The form of an answer, where there are calls that must be made or must be right. `answer`: the form of one without
         calls. Raises InvalidRequest for a form that can't stand beside calls."""
         offer = Offer.of(tools, choice, answer)
-        return Constraint("grammar", self.family.grammar(offer)) if offer.needs_grammar(len(tools)) else None
+        return Constraint("grammar", self.family.grammar(offer), param="tools") if offer.needs_grammar(len(tools)) else None
 
 
 def find_format(tokenizer: Tokenizer, name: str | None = None) -> ToolFormat | None:

@@ -69,12 +69,9 @@ class Grammar:
             case None:
                 self._rules["TEXT"] = rf"/\s*[^\s{not_first}](.|\n)*/" if not_first else r"/(.|\n)*/"
                 return "TEXT"
-            case Constraint("json_object"):
-                return self.rule("answer", f"%json {json.dumps({'x-guidance': _SEPARATORS, 'type': 'object'})}")
-            case Constraint("json_schema", text):
-                return self.rule("answer", f"%json {text}")
-            case Constraint("regex", text):
-                return self.rule("answer", f"/{text.replace('/', chr(92) + '/')}/")
+            case Constraint("json_object" | "json_schema", text):
+                form = json.loads(text) if text else {"type": "object"}
+                return self.rule("answer", f"%json {json.dumps({'x-guidance': _SEPARATORS, **form})}")
             case constraint:
                 raise InvalidRequest(f"A {constraint.kind} for the answer can't stand beside tools.", param="tools")
 

@@ -1,4 +1,4 @@
-"""What every request type is built on: strict, frozen, and silent about the values that it refuses."""
+"""What every type of a request has in common: nothing is coerced, unknown fields are ignored, no value is repeated in an error."""
 
 from __future__ import annotations
 

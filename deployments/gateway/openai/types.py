@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from cluster.errors import InvalidRequest
 from cluster.types import Priority, Sampling
 from deployments.gateway import errors
-from deployments.gateway.openai.bounded import Bounded as _Bounded
+from deployments.gateway.openai.bounded import Bounded
 from deployments.gateway.openai.tools import MAX_TOOLS, Call, CallId, Tool, ToolChoice, check_arguments, check_choice
 
 MAX_N = 16
@@ -33,14 +33,14 @@ Stops = Annotated[
 """One stop string or up to four; always a list once it is read."""
 
 
-Request = TypeVar("Request", bound=_Bounded)
+Request = TypeVar("Request", bound=Bounded)
 
 
-class StreamOptions(_Bounded):
+class StreamOptions(Bounded):
     include_usage: bool | None = None
 
 
-class Sampled(_Bounded):
+class Sampled(Bounded):
     """What chat and text completions have in common."""
 
     model: str = Field(min_length=1, max_length=256)
@@ -127,7 +127,7 @@ class Sampled(_Bounded):
         )
 
 
-class TextPart(_Bounded):
+class TextPart(Bounded):
     type: Literal["text"]
     text: str
 
@@ -140,7 +140,7 @@ Parts = Annotated[
 """What a message says: a string in the document and on the wire, or text parts; always parts once it is read."""
 
 
-class ChatMessage(_Bounded):
+class ChatMessage(Bounded):
     """One turn. Text, an assistant's calls of tools, or the result of one."""
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
