@@ -9,7 +9,7 @@ RUN := $(VENV)/.run-stamp
 DEV := $(VENV)/.dev-stamp
 LOCK := pyproject.toml constraints.txt
 
-.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak bench-structured bench-stages bench-quantization clean help
+.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak bench-structured bench-stages bench-quantization bench-tools clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -82,6 +82,9 @@ bench-stages: $(DEV)  ## two pipeline stages beside two tensor parts
 
 bench-quantization: $(DEV)  ## what weights in eight bits cost and bring
 	$(BIN)/python -m bench.quantization
+
+bench-tools: $(DEV)  ## what finding tool calls costs a token
+	$(BIN)/python -m bench.tools
 
 soak: $(DEV)  ## 20,000 requests of every kind; nothing may be left of them
 	$(BIN)/python -m bench.soak

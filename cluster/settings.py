@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 import yaml
@@ -118,6 +118,8 @@ class EngineSettings(_Section):
     """LoRA adapters that a replica holds at once; one that nobody uses makes room for another. 0: none are served."""
     adapter_bytes: int = Field(default=1 << 30, ge=0)
     """Memory for their numbers in one replica, over all its ranks, as far as they are cut."""
+    tool_formats: dict[str, Literal["hermes", "llama", "mistral", "mistral-named"]] = {}
+    """How served models write calls of tools, by their names, where it is another way than their chat template tells."""
     prefix_cache: bool = True
     """Keep the KV blocks of finished prompts and share them with later prompts of the same tenant that start alike."""
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 Priority = Literal["interactive", "batch"]
 """Classes of service: `batch` yields to `interactive`, and gets a small share of a busy model."""
 
@@ -87,12 +87,43 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that a model may ask its caller to run. `parameters` is the JSON schema of its arguments, an object's, as text;
+    `strict`: a call's arguments must satisfy it."""
+
+    name: str
+    description: str | None = None
+    parameters: str = '{"type": "object", "properties": {}}'
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether a model may, must or must not call, which functions (none named: any), and whether several at once."""
+
+    mode: Literal["auto", "none", "required"] = "auto"
+    names: tuple[str, ...] = ()
+    parallel: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """What a model asked for. `arguments` is the text of a JSON object."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a chat."""
+    """One turn of a chat. An assistant's may carry calls; a tool's answers the call `tool_call_id`."""
 
     role: str
     content: str
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +153,8 @@ class Generate:
     open: frozenset[str] = frozenset()  # fields of `sampling` that the caller left to the model's own defaults
     priority: Priority = "interactive"
     adapter: Adapter | None = None  # found by the gateway, never given by the caller
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +177,18 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """News of the call `index` of a choice: the first of a call has its `id` and `name`, and every one may add `arguments`.
+    `broken`: it turned out to be malformed, what was said of it is void, and it stands in the text instead."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+    broken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """News of one of the `n` choices: text since the last delta (may be empty), and the finish reason with the last one."""
 
@@ -152,6 +197,7 @@ class Delta:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

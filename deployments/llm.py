@@ -26,7 +26,7 @@ from cluster import ingress, raynode
 from cluster import log as logs
 from cluster.errors import Conflict, ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 from cluster.settings import EngineSettings, Settings
-from cluster.types import Chunk, Delta, Deployment, Generate, Usage
+from cluster.types import Chunk, Constraint, Delta, Deployment, Generate, Usage
 from deployments.adapters import Adapters, finder
 from deployments.admission import Admission
 from deployments.answer import Answer
@@ -39,6 +39,7 @@ from deployments.engine.tokenizer import Tokenizer
 from deployments.life import Life
 from deployments.shards import ShardGroup
 from deployments.slots import Slots
+from deployments.tools.formats import find_format
 
 log = logging.getLogger(__name__)
 
@@ -72,15 +73,9 @@ class LLM:
         self._deployment = deployment
         self._cache_secret = cache_secret
         engine, path = self._settings.engine, Path(edition.directory)
-        self._model = inspect(
-            path,
-            tp=deployment.tp,
-            pp=deployment.pp,
-            dtype=deployment.dtype,
-            max_model_len=deployment.max_model_len,
-            quantization=deployment.quantization,
-        )
+        self._model = inspected(deployment, edition.directory)
         self._tokenizer = await asyncio.to_thread(Tokenizer.load, path)
+        self._tools = find_format(self._tokenizer, engine.tool_formats.get(deployment.name))
         self._defaults = sampling_defaults(path)
         self._admission = Admission(path)
         blocks = num_blocks(self._model, engine)
@@ -118,8 +113,14 @@ class LLM:
             ends = tuple(Delta(index, "", finish_reason="length") for index in range(call.sampling.n))
             yield Chunk(ends, Usage(len(request.prompt), 0))
             return
+        tools = self._tools if offers(call) else None
         answer = Answer(
-            self._tokenizer, request, is_chat=bool(call.messages), stop_choice=lambda index: engine.abort(request.id, index)
+            self._tokenizer,
+            request,
+            is_chat=bool(call.messages),
+            stop_choice=lambda index: engine.abort(request.id, index),
+            calls=[tools.stream(call.tools, call.tool_choice) for _ in range(call.sampling.n)] if tools else (),
+            shown=tools.shown if tools else None,
         )
         self._life.wanted()
         if call.adapter:
@@ -141,6 +142,7 @@ class LLM:
             "asleep": self._life.state == "asleep",
             "max_model_len": self._room,
             "can_chat": self._tokenizer.can_chat,
+            "can_call_tools": self._tools is not None,
         } | {
             "model_type": self._model.model_type,
             "num_parameters": self._model.num_parameters,
@@ -191,12 +193,14 @@ class LLM:
         asyncio.get_running_loop().call_later(1.0, os._exit, 1)
 
     async def _prepare(self, call: Generate) -> Request:
+        constraint = self._constraint(call)
         prompt = await asyncio.to_thread(self._encode, call) if is_long(call) else self._encode(call)
         if not prompt:
             raise InvalidRequest("The prompt is empty.", param="prompt")
         if max(prompt) >= self._model.vocab_size or min(prompt) < 0:
             raise InvalidRequest(f"A token id is outside 0..{self._model.vocab_size - 1}.", param="prompt")
-        sampling = replace(call.sampling, **{name: value for name, value in self._defaults.items() if name in call.open})
+        defaults = {name: value for name, value in self._defaults.items() if name in call.open}
+        sampling = replace(call.sampling, constraint=constraint, **defaults)
         room = self._room - len(prompt)
         if room < (1 if sampling.max_tokens is None else sampling.max_tokens):
             wanted = f" and {sampling.max_tokens} for the answer" if sampling.max_tokens else ""
@@ -210,6 +214,7 @@ class LLM:
         if sampling.constraint:
             await self._admission.admit(sampling.constraint, self._opaque(call.tenant, b"flow"))
         stop_ids = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(self._tokenizer.eos_ids))
+        stop_ids |= self._tools.stop_ids if offers(call) and self._tools else frozenset()
         return Request(
             id=self._life.engine.next_id(),
             prompt=prompt,
@@ -226,15 +231,48 @@ class LLM:
         """The tenant as the engine knows it: by a name for each use, which says nothing and which nobody can guess."""
         return hmac.digest(self._cache_secret, use + b"\0" + tenant.encode(), hashlib.sha256)
 
+    def _constraint(self, call: Generate) -> Constraint | None:
+        """The form that the answer must have. Raises InvalidRequest for tools that this model can't call."""
+        asked = call.sampling.constraint
+        if not offers(call):
+            return asked
+        if self._tools is None:
+            raise InvalidRequest(
+                f"The model {self._deployment.name!r} can't call tools: its chat template doesn't know them, or writes calls in a "
+                "form that this server doesn't read. Leave tools out or set tool_choice to 'none'.",
+                param="tools",
+                code="unsupported_parameter",
+            )
+        return self._tools.constraint(call.tools, call.tool_choice, asked)
+
     def _encode(self, call: Generate) -> list[int]:
         if call.messages:
-            return self._tokenizer.render(call.messages)
+            return self._tokenizer.render(call.messages, call.tools if offers(call) else ())
         return list(call.prompt_ids) if call.prompt_ids is not None else self._tokenizer.encode(call.prompt or "")
 
 
 def is_long(call: Generate) -> bool:
     """Whether the prompt is better encoded beside the event loop. A short one costs less than the way to a thread and back."""
-    return len(call.prompt or "") + sum(len(message.content) for message in call.messages) > INLINE_CHARS
+    tools = sum(len(tool.parameters) + len(tool.description or "") for tool in call.tools)
+    calls = sum(len(made.arguments) for message in call.messages for made in message.tool_calls)
+    return len(call.prompt or "") + tools + calls + sum(len(message.content) for message in call.messages) > INLINE_CHARS
+
+
+def offers(call: Generate) -> bool:
+    """Whether the model is shown tools: those that it must not call it isn't told about."""
+    return bool(call.tools) and call.tool_choice.mode != "none"
+
+
+def inspected(deployment: Deployment, directory: str) -> ModelInfo:
+    """Raises ModelNotServable for what can't be served as the deployment says."""
+    return inspect(
+        directory,
+        tp=deployment.tp,
+        pp=deployment.pp,
+        dtype=deployment.dtype,
+        max_model_len=deployment.max_model_len,
+        quantization=deployment.quantization,
+    )
 
 
 def bundles(deployment: Deployment, model: ModelInfo, engine: EngineSettings) -> list[dict[str, float]]:
@@ -252,9 +290,7 @@ def build(deployment: Deployment, edition: Edition, cache_secret: bytes, setting
     """The Serve application of one model. Replicas need the bundles that `bundles` says. Deploying another edition of the same
     `version` restarts none of them: Serve calls `reconfigure`."""
     engine = settings.engine
-    model = inspect(
-        edition.directory, tp=deployment.tp, pp=deployment.pp, dtype=deployment.dtype, max_model_len=deployment.max_model_len
-    )
+    model = inspected(deployment, edition.directory)
     capacity = engine.max_sequences + engine.max_queued
     scaling: dict[str, Any] = {"num_replicas": deployment.min_replicas}
     if deployment.max_replicas > deployment.min_replicas:

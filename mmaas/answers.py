@@ -28,9 +28,30 @@ class Logprobs(Struct, frozen=True):
     content: list[Token]
 
 
+class Function(Struct, frozen=True):
+    """What to call. In a stream the name comes once, and the arguments in parts."""
+
+    name: str | None = None
+    arguments: str = ""
+
+
+class ToolCall(Struct, frozen=True):
+    id: str
+    function: Function
+    type: str = "function"
+
+
+class ToolCallDelta(Struct, frozen=True):
+    index: int
+    function: Function
+    id: str | None = None
+    type: str | None = None
+
+
 class Message(Struct, frozen=True):
     role: str
-    content: str
+    content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class Choice(Struct, frozen=True):
@@ -51,6 +72,7 @@ class ChatCompletion(Struct, frozen=True):
 class Delta(Struct, frozen=True):
     role: str | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(Struct, frozen=True):

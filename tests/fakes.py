@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 
 from rich.console import Console
 
 from cluster import metrics
 from cluster.errors import ModelNotFound, Unauthenticated
 from cluster.settings import Settings
-from cluster.types import Adapter, Chunk, Delta, Deployment, Generate, Principal, TokenLogprob, TopLogprob, Usage
+from cluster.types import Adapter, Chunk, Constraint, Delta, Deployment, Generate, Principal, TokenLogprob, TopLogprob, Usage
+from deployments.engine.engine import Output, Request
+from deployments.engine.tokenizer import Tokenizer
+from deployments.tools.formats import find_format
 from mmaas.up import Platform
 
 ECHO = Deployment(name="echo", model="models:/echo@champion", created_at=1_700_000_000.0)
@@ -105,6 +111,88 @@ class EchoModels:
                     await asyncio.sleep(self.delay_s)
         finally:
             self.open -= 1
+
+
+class ScriptedEngine:
+    """The engine as a replica sees it. Says one of the `scripts` a choice, `at_once` tokens at a time, whatever it was asked; keeps
+    the `requests`."""
+
+    def __init__(self, at_once: int = 1) -> None:
+        self.scripts: list[list[int]] = []
+        self.requests: list[Request] = []
+        self.num_streams = 0
+        self.at_once = at_once
+        self._ids = itertools.count()
+        self._stopped: set[tuple[int, int]] = set()
+
+    def next_id(self) -> int:
+        return next(self._ids)
+
+    def abort(self, request_id: int, index: int) -> None:
+        self._stopped.add((request_id, index))
+
+    async def generate(self, request: Request) -> AsyncGenerator[list[Output], None]:
+        self.requests.append(request)
+        longest = max(map(len, self.scripts))
+        for start in range(0, longest, self.at_once):
+            chosen = [
+                output
+                for index, script in zip(range(request.sampling.n), itertools.cycle(self.scripts), strict=False)
+                if (request.id, index) not in self._stopped
+                for output in _outputs(request, index, script, range(start, start + self.at_once))
+            ]
+            if chosen:
+                yield chosen
+
+
+def _outputs(request: Request, index: int, script: list[int], places: range) -> Iterator[Output]:
+    end = min(len(script), request.max_tokens)
+    for place in places:
+        if place < end:
+            token = script[place]
+            reason = "stop" if token in request.stop_ids else "length" if place == end - 1 else None
+            logprob = -0.5 if request.sampling.logprobs is not None else None
+            yield Output(request.id, index, token, logprob=logprob, finish_reason=reason)
+
+
+class ReplicaModels(EchoModels):
+    """`Models` over a replica's own code, with a scripted engine behind it and a tokenizer from a directory. No weights."""
+
+    def __init__(self, directory: Path, name: str = "caller") -> None:
+        from deployments.llm import LLM  # brings Ray, which other fakes don't need
+
+        super().__init__([Deployment(name=name, model="models:/caller@champion", created_at=1_700_000_000.0)])
+        self.engine = ScriptedEngine()
+        self.tokenizer = Tokenizer.load(directory)
+        self.admitted: list[Constraint] = []
+        replica: LLM = object.__new__(LLM)
+        replica._settings, replica._deployment = Settings(), self.deployments[0]
+        replica._tokenizer, replica._tools = self.tokenizer, find_format(self.tokenizer)
+        replica._cache_secret, replica._defaults, replica._room = b"secret", {}, 100_000
+        replica._model = SimpleNamespace(vocab_size=self.tokenizer.vocab_size)  # type: ignore[assignment]
+        replica._group = SimpleNamespace(engine=self.engine)  # type: ignore[assignment]
+        replica._admission = SimpleNamespace(admit=self._admit)  # type: ignore[attr-defined]
+        self.replica = replica
+
+    async def _admit(self, constraint: Constraint, tenant: bytes = b"") -> None:
+        self.admitted.append(constraint)
+
+    def say(self, *answers: str) -> None:
+        """What the choices say. Control tokens are written as they are; an end of turn follows."""
+        end = min(self.tokenizer.eos_ids)
+        self.engine.scripts = [[*self.tokenizer._library.encode(text, add_special_tokens=False).ids, end] for text in answers]
+
+    @property
+    def asked(self) -> str:
+        """The last prompt, with control tokens by name."""
+        special, prompt = self.tokenizer.special_ids, self.engine.requests[-1].prompt
+        known = [self.tokenizer.token_text(i).encode() if i in special else self.tokenizer.token_bytes(i) for i in prompt]
+        return b"".join(known).decode()
+
+    async def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
+        self.requests.append(request)
+        async for chunk in self.replica.generate(request):
+            yield chunk
 
 
 class KeyRing:

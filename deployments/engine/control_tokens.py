@@ -17,10 +17,17 @@ BREAK = "\ufdd0"
 
 class ControlTokens:
     def __init__(self, tokens: Iterable[str]) -> None:
-        longest_first = sorted({token for token in tokens if token}, key=len, reverse=True)
+        self._tokens = frozenset(token for token in tokens if token)
+        longest_first = sorted(self._tokens, key=len, reverse=True)
         any_token = "|".join(map(re.escape, longest_first)) or "(?!)"
         self._token = re.compile(any_token)
         self._first_character = re.compile(f"(?=(?:{any_token}))(.)", re.DOTALL)
+
+    def __contains__(self, token: object) -> bool:
+        return token in self._tokens
+
+    def __or__(self, other: ControlTokens) -> ControlTokens:
+        return ControlTokens(self._tokens | other._tokens)
 
     def find(self, text: str) -> list[str]:
         """The control tokens that a tokenizer sees in `text`, from left to right."""

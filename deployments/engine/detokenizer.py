@@ -6,7 +6,7 @@ Work per token is bounded by the length of the token and of the stop strings, ho
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,9 +33,18 @@ class Text:
 class Detokenizer:
     """The text of one sequence. `stop` ends it where the first of these strings is complete; the string itself isn't shown."""
 
-    def __init__(self, tokenizer: TokenBytes, stop: Sequence[str] = (), *, prompt_ids: Iterable[int] = ()) -> None:
-        """`prompt_ids`: the tokens before; after any text the first token keeps its space."""
+    def __init__(
+        self,
+        tokenizer: TokenBytes,
+        stop: Sequence[str] = (),
+        *,
+        prompt_ids: Iterable[int] = (),
+        shown: Mapping[int, str] | None = None,
+    ) -> None:
+        """`prompt_ids`: the tokens before; after any text the first token keeps its space. `shown`: text for special tokens, which
+        have none otherwise; it may hold what no token spells."""
         self._tokenizer = tokenizer
+        self._shown = shown or {}
         self._stop = tuple(string for string in stop if string)
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._held = ""  # may be the start of a stop string
@@ -48,7 +57,7 @@ class Detokenizer:
         for used, token_id in enumerate(token_ids):
             if self.stopped:
                 return Text("".join(news), True, used)
-            news.append(self._advance(self._decode(self._bytes(token_id))))
+            news.append(self._advance(self._text(token_id)))
         return Text("".join(news), self.stopped, len(token_ids))
 
     def finish(self) -> Text:
@@ -58,6 +67,11 @@ class Detokenizer:
         news = self._advance(self._decode(b"", True))
         held, self._held = self._held, ""
         return Text(news + held, self.stopped, 0)
+
+    def _text(self, token_id: int) -> str:
+        if token_id in self._shown:
+            return self._decode(b"", True) + self._shown[token_id]
+        return self._decode(self._bytes(token_id))
 
     def _bytes(self, token_id: int) -> bytes:
         if token_id in self._tokenizer.special_ids:

@@ -9,7 +9,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from cluster import types
 from cluster.types import TokenLogprob, TopLogprob
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 Tier = Literal["default", "flex"]
 
 LEAST_LOGPROB = -9999.0
@@ -62,10 +62,34 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
+class CalledFunction(TypedDict):
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class FunctionDelta(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
+
+
 class AssistantMessage(TypedDict):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 class ChatChoice(TypedDict):
@@ -87,7 +111,8 @@ class ChatCompletion(TypedDict):
 
 class ChatDelta(TypedDict):
     role: NotRequired[Literal["assistant"]]
-    content: NotRequired[str]
+    content: NotRequired[str | None]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 class ChatChunkChoice(TypedDict):
@@ -168,6 +193,18 @@ def finish(reason: types.FinishReason | None) -> Finish | None:
     """`abort` never gets here: `Progress` raises on it. The API has no word for `error`."""
     assert reason != "abort"
     return None if reason == "error" else reason
+
+
+def tool_call(call: types.ToolCall) -> ToolCall:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def tool_call_delta(news: types.ToolCallDelta) -> ToolCallDelta:
+    """The first of a call says which it is, the others only what is new."""
+    if news.id is None or news.name is None:
+        return {"index": news.index, "function": {"arguments": news.arguments}}
+    function: FunctionDelta = {"name": news.name, "arguments": news.arguments}
+    return {"index": news.index, "id": news.id, "type": "function", "function": function}
 
 
 def top_token(token: TokenLogprob | TopLogprob) -> TopToken:

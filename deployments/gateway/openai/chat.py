@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from cluster.errors import ModelError
-from cluster.types import Chunk, Delta, Generate, Message, TokenLogprob, Usage
+from cluster.types import Chunk, Delta, Generate, Message, TokenLogprob, ToolChoice, Usage
 from deployments.gateway.openai import answers, unsupported
-from deployments.gateway.openai.answers import ChatChunk, ChatCompletion, ChatDelta, ChatLogprobs, Finish
-from deployments.gateway.openai.progress import Collected, Progress
-from deployments.gateway.openai.types import ChatRequest, parse
+from deployments.gateway.openai.answers import AssistantMessage, ChatChunk, ChatCompletion, ChatDelta, ChatLogprobs, Finish
+from deployments.gateway.openai.progress import Choice, Collected, Progress
+from deployments.gateway.openai.types import ChatMessage, ChatRequest, parse
 
 
 class ChatCall:
@@ -38,10 +38,12 @@ class ChatCall:
         return Generate(
             request_id=request_id,
             tenant=tenant,
-            messages=tuple(Message(_role(m.role), m.text, m.name) for m in request.messages),
+            messages=_turns(request.messages),
             sampling=request.sampling(max_tokens=max_tokens, logprobs=logprobs),
             open=request.left_open,
             priority=request.priority,
+            tools=tuple(tool.asked for tool in request.tools or ()),
+            tool_choice=_choice(request),
         )
 
     def whole(self, collected: Collected) -> ChatCompletion:
@@ -54,7 +56,7 @@ class ChatCall:
             "choices": [
                 {
                     "index": index,
-                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                    "message": _message(choice),
                     "logprobs": self._logprobs(choice.logprobs),
                     "finish_reason": answers.finish(choice.finish_reason) or "stop",
                 }
@@ -71,7 +73,8 @@ class ChatCall:
         self._progress.add(chunk)
         if not self._started and self._progress.has_failed:
             return []  # nothing was said: it can still be an error answer
-        said = [] if self._started else [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(self.choices)]
+        content = None if self.request.may_call else ""  # an answer of calls alone has no text, not an empty one
+        said = [] if self._started else [self._chunk(i, {"role": "assistant", "content": content}) for i in range(self.choices)]
         self._started = True
         for delta in chunk.deltas:
             said += self._say(delta)
@@ -96,6 +99,8 @@ class ChatCall:
         said = []
         if delta.text or delta.logprobs:
             said.append(self._chunk(delta.index, {"content": delta.text}, logprobs=self._logprobs(delta.logprobs)))
+        if calls := [answers.tool_call_delta(news) for news in delta.tool_calls if not news.broken]:
+            said.append(self._chunk(delta.index, {"tool_calls": calls}))
         if answers.ends(delta):
             said.append(self._chunk(delta.index, {}, finish=answers.finish(delta.finish_reason)))
         return said
@@ -131,6 +136,27 @@ class ChatCall:
         return {"content": content, "refusal": None}
 
 
-def _role(role: str) -> str:
-    """`developer` is the API's newer word for what chat templates call `system`."""
-    return "system" if role == "developer" else role
+def _message(choice: Choice) -> AssistantMessage:
+    calls = [answers.tool_call(call) for call in choice.tool_calls]
+    message: AssistantMessage = {"role": "assistant", "content": choice.text or (None if calls else ""), "refusal": None}
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def _turns(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
+    """The chat as templates expect it: `developer` is the API's newer word for `system`, and a result names its function."""
+    names: dict[str, str] = {}
+    turns = []
+    for message in messages:
+        calls = tuple(call.made for call in message.tool_calls or ())
+        names |= {call.id: call.name for call in calls}
+        role = "system" if message.role == "developer" else message.role
+        name = message.name or names.get(message.tool_call_id or "")
+        turns.append(Message(role, message.text, name, calls, message.tool_call_id))
+    return tuple(turns)
+
+
+def _choice(request: ChatRequest) -> ToolChoice:
+    parallel = request.parallel_tool_calls is not False
+    return ToolChoice(parallel=parallel) if request.tool_choice is None else request.tool_choice.asked(parallel)

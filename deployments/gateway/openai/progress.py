@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cluster.errors import ModelError, ReplicaLost
-from cluster.types import Chunk, Delta, FinishReason, TokenLogprob, Usage
+from cluster.types import Chunk, Delta, FinishReason, TokenLogprob, ToolCall, ToolCallDelta, Usage
 
 
 class Progress:
@@ -59,15 +59,27 @@ class Choice:
     parts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    calls: dict[int, list[ToolCallDelta]] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
         return "".join(self.parts)
 
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """Calls in the order of the model, those that came to nothing left out."""
+        whole = [(news[0], "".join([part.arguments for part in news])) for _, news in sorted(self.calls.items())]
+        return [ToolCall(first.id, first.name, arguments) for first, arguments in whole if first.id and first.name]
+
     def add(self, delta: Delta) -> None:
         self.parts.append(delta.text)
         self.logprobs.extend(delta.logprobs)
         self.finish_reason = delta.finish_reason or self.finish_reason
+        for news in delta.tool_calls:
+            if news.broken:
+                self.calls.pop(news.index, None)
+            else:
+                self.calls.setdefault(news.index, []).append(news)
 
 
 class Collected:

@@ -18,6 +18,7 @@ from deployments.gateway import errors
 from deployments.gateway.openai import forms
 from deployments.gateway.openai.bounded import Bounded
 from deployments.gateway.openai.forms import ResponseFormat, StructuredOutputs
+from deployments.gateway.openai.tools import MAX_TOOLS, Call, CallId, Tool, ToolChoice, check_arguments, check_choice
 
 MAX_N = 16
 MAX_PROMPTS = 128
@@ -153,13 +154,14 @@ Parts = Annotated[
 
 
 class ChatMessage(Bounded):
-    """One turn. Text only; calls of tools and their results are refused, because the model would not see them."""
+    """One turn. Text, an assistant's calls of tools, or the result of one."""
 
-    role: Literal["developer", "system", "user", "assistant"]
+    role: Literal["developer", "system", "user", "assistant", "tool"]
     content: Parts | None = None
     refusal: str | None = None
     name: str | None = Field(default=None, max_length=256)
-    tool_calls: list[Any] | None = Field(default=None, max_length=0)
+    tool_calls: list[Call] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_call_id: CallId | None = None
     function_call: None = None
     audio: None = None
 
@@ -181,15 +183,68 @@ class ChatRequest(Sampled):
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS, description="Deprecated for max_completion_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def may_call(self) -> bool:
+        """Whether an answer may hold calls."""
+        return bool(self.tools) and not (self.tool_choice is not None and self.tool_choice.type == "none")
 
     def check(self) -> None:
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
+        check_choice(self.tools or (), self.tool_choice)
         for index, message in enumerate(self.messages):
-            if message.content is None and not (message.role == "assistant" and message.refusal):
-                param = f"messages[{index}].content"
-                raise InvalidRequest(f"Missing required parameter: {param}.", param=param, code="missing_required_parameter")
+            _check_content(message, f"messages[{index}]")
+        _check_turns(self.messages)
+
+
+def _check_content(message: ChatMessage, where: str) -> None:
+    """What a turn of its role must and mustn't have. Raises InvalidRequest."""
+    speaks_otherwise = message.role == "assistant" and (message.refusal or message.tool_calls)
+    missing = "content" if message.content is None and not speaks_otherwise else None
+    if message.role == "tool" and message.tool_call_id is None:
+        missing = "tool_call_id"
+    if missing:
+        param = f"{where}.{missing}"
+        raise InvalidRequest(f"Missing required parameter: {param}.", param=param, code="missing_required_parameter")
+    for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+        if getattr(message, field) and message.role != role:
+            raise InvalidRequest(f"{field} is only allowed in messages of role {role!r}.", param=f"{where}.{field}")
+    for number, call in enumerate(message.tool_calls or ()):
+        check_arguments(call, f"{where}.tool_calls[{number}]")
+
+
+def _check_turns(messages: list[ChatMessage]) -> None:
+    """Calls are answered by the messages that follow them, each once. Raises InvalidRequest."""
+    called_at, unanswered = 0, set[str]()
+    for index, message in enumerate(messages):
+        if message.role == "tool":
+            if message.tool_call_id not in unanswered:
+                raise InvalidRequest(
+                    "A message of role 'tool' must answer a call of the assistant's message before it, and each call once.",
+                    param=f"messages[{index}].tool_call_id",
+                )
+            unanswered.remove(message.tool_call_id)
+            continue
+        _check_answered(unanswered, called_at)
+        called_at, calls = index, message.tool_calls or []
+        unanswered = {call.id for call in calls}
+        if len(unanswered) < len(calls):
+            raise InvalidRequest("Two calls of one message have the same id.", param=f"messages[{index}].tool_calls")
+    _check_answered(unanswered, called_at)
+
+
+def _check_answered(unanswered: set[str], called_at: int) -> None:
+    if unanswered:
+        ids = ", ".join(sorted(unanswered))[:256]
+        raise InvalidRequest(
+            f"Every call must be answered by a message of role 'tool' after it. Without an answer: {ids}.",
+            param=f"messages[{called_at}].tool_calls",
+        )
 
 
 class CompletionRequest(Sampled):

@@ -30,8 +30,6 @@ _EVERYWHERE: dict[str, tuple[Any, ...]] = {
 
 CHAT: dict[str, tuple[Any, ...]] = {
     **_EVERYWHERE,
-    "tools": _NOTHING,
-    "tool_choice": (None, "none", "auto"),
     "functions": _NOTHING,
     "function_call": (None, "none", "auto"),
     "audio": _NOTHING,

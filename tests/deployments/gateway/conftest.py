@@ -34,8 +34,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(keepalive_s: float = 15.0, **options: object) -> Iterator[Server]:
-    models, keys = EchoModels(), KeyRing()
+def serving(models: EchoModels | None = None, keepalive_s: float = 15.0, **options: object) -> Iterator[Server]:
+    models, keys = models or EchoModels(), KeyRing()
     app = build_app(models, keys.verify, GatewaySettings(**options), keepalive_s=keepalive_s)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, http="httptools", lifespan="off"))
