@@ -41,6 +41,8 @@ ENGINE: Mapping[str, tuple[type[GaugeMetricFamily] | type[CounterMetricFamily], 
     "cached_tokens": (CounterMetricFamily, "mmaas_engine_prefix_hit_tokens", "Of these, found in the prefix cache"),
     "output_tokens": (CounterMetricFamily, "mmaas_engine_output_tokens", "Tokens sampled"),
     "drafted_tokens": (CounterMetricFamily, "mmaas_engine_draft_tokens", "Tokens guessed and verified"),
+    "rows": (CounterMetricFamily, "mmaas_encoder_rows", "Inputs that an encoder has encoded"),
+    "waiting_tokens": (GaugeMetricFamily, "mmaas_encoder_waiting_tokens", "Tokens of inputs that wait for an encoder"),
     "accepted_tokens": (CounterMetricFamily, "mmaas_engine_draft_accepted_tokens", "Of these, right: output without a step"),
 }
 

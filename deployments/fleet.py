@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster import ingress, raynode
 from cluster.desired import Desired
@@ -25,6 +25,7 @@ from cluster.settings import Settings
 from cluster.storage import Storage
 from cluster.store import Store
 from cluster.types import Deployment, ModelRef
+from deployments.encode import inspection as encoders
 from deployments.engine.checkpoint import inspect
 
 PREFIX = "model-"
@@ -32,6 +33,7 @@ GATEWAY = "gateway"
 POLL_S = 0.5
 
 OnEvent = Callable[[str], None]
+Kind = Literal["llm", "encoder"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Target:
     deployment: Deployment
     directory: Path
     digest: str
+    kind: Kind = "llm"
 
 
 @dataclass(frozen=True)
@@ -92,16 +95,20 @@ def find(deployment: Deployment, settings: Settings) -> Target:
         registry = Registry(settings.mlflow_uri, Storage(settings.home / "library"))
         directory = Path(registry.resolve(ModelRef.parse(deployment.model)).path)
     try:
-        inspect(directory, tp=deployment.tp, dtype=deployment.dtype, max_model_len=deployment.max_model_len)
+        kind: Kind = "encoder" if encoders.is_encoder(directory) else "llm"
+        admit = encoders.inspect if kind == "encoder" else inspect
+        admit(directory, tp=deployment.tp, dtype=deployment.dtype, max_model_len=deployment.max_model_len)
     except ModelNotServable as error:
         raise ModelNotServable(f"{deployment.name}: {error.message}") from error
-    return Target(deployment, directory, _digest(deployment, directory, settings))
+    return Target(deployment, directory, _digest(deployment, directory, settings, kind), kind)
 
 
-def _digest(deployment: Deployment, directory: Path, settings: Settings) -> str:
+def _digest(deployment: Deployment, directory: Path, settings: Settings, kind: Kind) -> str:
     """Of the row, the files (by name, size and time: the library never changes one in place) and the engine's settings."""
-    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in directory.iterdir())
+    paths = [*directory.iterdir(), *(directory.glob("*/*") if kind == "encoder" else ())]
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
     facts = [asdict(deployment), str(directory), files, settings.engine.model_dump(mode="json"), settings.gateway.max_stream_s]
+    facts += [settings.encoder.model_dump(mode="json")] if kind == "encoder" else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -137,12 +144,13 @@ def _deploy_gateway(settings: Settings, on_event: OnEvent) -> None:
 
 
 def _deploy_model(target: Target, settings: Settings, on_event: OnEvent) -> None:
-    from deployments.llm import build
+    from deployments import encoder, llm
 
-    name = PREFIX + target.deployment.name
+    name, secret = PREFIX + target.deployment.name, Secrets(settings.home).prefix_cache
     ranks = f"{target.deployment.tp} shards" if target.deployment.tp > 1 else "one shard"
     on_event(f"loading {target.deployment.name} on {ranks}")
-    application = build(target.deployment, str(target.directory), target.digest, Secrets(settings.home).prefix_cache, settings)
+    build = encoder.build if target.kind == "encoder" else llm.build
+    application = build(target.deployment, str(target.directory), target.digest, secret, settings)
     _run(application, name, None)
     _wait(name, settings, on_event)
 

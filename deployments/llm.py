@@ -22,9 +22,9 @@ from ray import serve
 
 from cluster import ingress, raynode
 from cluster import log as logs
-from cluster.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
+from cluster.errors import ContextLengthExceeded, InvalidRequest, ModelNotSupported, Overloaded, Unavailable
 from cluster.settings import Settings
-from cluster.types import Chunk, Delta, Deployment, Generate, Usage
+from cluster.types import Chunk, Delta, Deployment, Encode, Encoded, Generate, Usage
 from deployments.answer import Answer
 from deployments.engine.checkpoint import inspect
 from deployments.engine.defaults import sampling_defaults
@@ -89,6 +89,12 @@ class LLM:
             chunk = answer.take(outputs)
             if chunk.deltas:
                 yield chunk
+
+    async def encode(self, call: Encode) -> AsyncIterator[Encoded]:
+        """Raises ModelNotSupported: this is no encoder."""
+        message = f"{self._deployment.name} is a language model: ask it for chat or completions, and an encoder for this."
+        raise ModelNotSupported(message, param="model")
+        yield  # type: ignore[unreachable]  # makes it a stream, as its caller expects
 
     async def info(self) -> dict[str, Any]:
         """What a caller may want to know before it asks."""

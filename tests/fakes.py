@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from cluster import metrics
 from cluster.errors import ModelNotFound, Unauthenticated
 from cluster.settings import Settings
-from cluster.types import Chunk, Delta, Deployment, Generate, Principal, TokenLogprob, TopLogprob, Usage
+from cluster.types import Chunk, Delta, Deployment, Encode, Encoded, Generate, Principal, TokenLogprob, TopLogprob, Usage
 from mmaas.up import Platform
 
 ECHO = Deployment(name="echo", model="models:/echo@champion", created_at=1_700_000_000.0)
@@ -57,6 +58,7 @@ class EchoModels:
         self.fail_after = 0  # chunks before `error`
         self.healthy = True
         self.requests: list[Generate] = []
+        self.encoded: list[Encode] = []
         self.open = 0  # streams that run now
 
     async def list(self) -> Sequence[Deployment]:
@@ -83,6 +85,31 @@ class EchoModels:
                     await asyncio.sleep(self.delay_s)
         finally:
             self.open -= 1
+
+    async def encode(self, name: str, request: Encode) -> Encoded:
+        """Counts: an embedding is (characters or tokens, words, place); a score their share of the query's words."""
+        self.encoded.append(request)
+        if name not in {deployment.name for deployment in self.deployments}:
+            raise ModelNotFound(f"The model {name!r} does not exist.", param="model")
+        self.open += 1
+        try:
+            await asyncio.sleep(self.first_delay_s)
+            if self.error is not None:
+                raise self.error
+            rows = [_numbers(request, item, place) for place, item in enumerate(request.texts or request.ids)]
+        finally:
+            self.open -= 1
+        usage = Usage(sum(len(item) for item in request.texts or request.ids), 0)
+        labels = ("short", "long") if request.task == "classify" else ()
+        return Encoded(b"".join(struct.pack(f"<{len(row)}f", *row) for row in rows), len(rows[0]), usage, labels)
+
+
+def _numbers(request: Encode, item: str | tuple[int, ...], place: int) -> list[float]:
+    if request.task == "embed":
+        return [float(len(item)), float(len(item.split())) if isinstance(item, str) else 0.5, float(place)]
+    asked = set((request.query or "").split())
+    fit = len(asked & set(str(item).split())) / max(1, len(asked))
+    return [fit] if request.task == "rerank" else [1.0 - min(1.0, len(item) / 8), min(1.0, len(item) / 8)]
 
 
 class KeyRing:
@@ -114,6 +141,7 @@ class FakePlatform(Platform):
     is_started: bool = False
     champion: bool = False
     applied: int = 0
+    has_package: bool = True
 
     def start(self, settings: Settings, on_event: Callable[[str], None]) -> list[str]:
         if self.is_started:
@@ -129,6 +157,10 @@ class FakePlatform(Platform):
     def train(self, settings: Settings, console: Console) -> None:
         self.steps.append("train")
         self.champion = True
+
+    def register_encoder(self, settings: Settings) -> bool:
+        self.steps.append("register")
+        return self.has_package
 
     def is_serving(self, settings: Settings, names: list[str]) -> bool:
         return self.applied > 0

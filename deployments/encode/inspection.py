@@ -22,6 +22,7 @@ FAMILIES = frozenset({"bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "
 OFFSET = frozenset({"roberta", "xlm-roberta", "mpnet"})
 """Those whose first position is the one behind the padding token's id."""
 DTYPES = ("float32", "bfloat16")
+CLASSIFIER = "ForSequenceClassification"
 
 Task = Literal["embed", "classify"]
 Pooling = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "lasttoken"]
@@ -66,7 +67,8 @@ class EncoderInfo:
     poolings: tuple[Pooling, ...] = ()  # joined one behind the other
     dense: tuple[Dense, ...] = ()
     normalised: bool = False
-    matryoshka: tuple[int, ...] = ()  # lengths that an embedding may be cut to; empty: any
+    matryoshka: tuple[int, ...] = ()  # lengths that an embedding may be cut to
+    any_length: bool = False  # it may be cut to any length
     prompts: tuple[tuple[str, str], ...] = ()
     default_prompt: str | None = None
     lowercase: bool = False
@@ -75,12 +77,17 @@ class EncoderInfo:
 
 
 def is_encoder(directory: Path) -> bool:
-    """Whether the directory holds an encoder rather than a language model. Raises ModelNotServable for an unreadable config.json."""
+    """Whether it holds an encoder rather than a language model. Raises ModelNotServable for an unreadable config.json."""
     config = read_json(directory / "config.json")
     architecture = _architecture(config)
-    if (directory / "modules.json").is_file() or architecture.endswith("ForSequenceClassification"):
+    if (directory / "modules.json").is_file() or architecture.endswith(CLASSIFIER):
         return True
     return config.get("model_type") in FAMILIES and not architecture.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def is_classifier(directory: Path) -> bool:
+    """Whether an encoder has labels rather than embeddings."""
+    return _architecture(read_json(directory / "config.json")).endswith(CLASSIFIER)
 
 
 def inspect(directory: str | Path, *, tp: int, dtype: str, max_model_len: int | None = None) -> EncoderInfo:
@@ -99,9 +106,11 @@ def inspect(directory: str | Path, *, tp: int, dtype: str, max_model_len: int | 
     if config.get("quantization_config"):
         raise ModelNotServable("the checkpoint is quantised; use the model's 16 or 32 bit weights")
     if not (directory / "tokenizer.json").is_file():
-        raise ModelNotServable(f"{directory.name} has no tokenizer.json; save the model's tokenizer there with save_pretrained(...)")
+        raise ModelNotServable(
+            f"{directory.name} has no tokenizer.json; save the model's tokenizer there with save_pretrained(...)"
+        )
     weights = find_weights(directory)
-    is_classifier = architecture.endswith("ForSequenceClassification")
+    is_classifier = architecture.endswith(CLASSIFIER)
     facts = _labels(config) if is_classifier else _sentence_facts(directory)
     return EncoderInfo(
         model_type=model_type,
@@ -169,6 +178,7 @@ def _sentence_facts(directory: Path) -> dict[str, Any]:
         "dense": tuple(dense),
         "normalised": normalised,
         **_prompts(read_json(directory / "config_sentence_transformers.json")),
+        **_cuts(read_json(directory / "config.json") | read_json(directory / "config_sentence_transformers.json")),
     }
 
 
@@ -177,8 +187,8 @@ def _modules(directory: Path) -> list[tuple[str, str]]:
     path = directory / "modules.json"
     if not path.is_file():
         raise ModelNotServable(
-            f"{directory.name} doesn't say how its hidden states become one vector: save it with sentence-transformers, which writes"
-            " modules.json and 1_Pooling/config.json"
+            f"{directory.name} doesn't say how its hidden states become one vector: save it with sentence-transformers, which"
+            " writes modules.json and 1_Pooling/config.json"
         )
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -226,8 +236,14 @@ def _prompts(config: Mapping[str, Any]) -> dict[str, Any]:
     default = config.get("default_prompt_name")
     if default is not None and default not in prompts:
         raise ModelNotServable(f"config_sentence_transformers.json has no prompt of the name {default!r:.80}")
-    cuts = config.get("matryoshka_dimensions") or config.get("truncate_dim") or []
-    cuts = cuts if isinstance(cuts, list) else [cuts]
-    if not all(isinstance(cut, int) and cut > 0 for cut in cuts):
-        raise ModelNotServable("config_sentence_transformers.json: the dimensions must be positive integers")
-    return {"prompts": tuple(prompts.items()), "default_prompt": default, "matryoshka": tuple(sorted(cuts))}
+    return {"prompts": tuple(prompts.items()), "default_prompt": default}
+
+
+def _cuts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether embeddings may be cut (Kusupati et al. 2022), by the keys that vLLM reads, too."""
+    if config.get("truncate_dim") is not None:
+        raise ModelNotServable("config_sentence_transformers.json: truncate_dim is not supported; name matryoshka_dimensions")
+    cuts = config.get("matryoshka_dimensions") or []
+    if not isinstance(cuts, list) or not all(isinstance(cut, int) and cut > 0 for cut in cuts):
+        raise ModelNotServable("matryoshka_dimensions must be a list of positive integers")
+    return {"matryoshka": tuple(sorted(cuts)), "any_length": config.get("is_matryoshka") is True and not cuts}

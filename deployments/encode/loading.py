@@ -20,6 +20,7 @@ from cluster.errors import ModelNotServable
 from deployments.encode.compiled import CompiledEncoder
 from deployments.encode.inspection import Dense, EncoderInfo, Pooling
 from deployments.encode.row import Floats, Row, starts_of
+from deployments.encode.tasks import unit
 from deployments.engine.native.build import NativeUnavailable
 
 log = logging.getLogger(__name__)
@@ -126,25 +127,23 @@ class Finish:
                 for layer in self._dense:
                     tensor = layer(tensor)
                 vectors = tensor.numpy()
-        return normalised(vectors) if self._info.normalised else vectors
+        return unit(vectors) if self._info.normalised else vectors
 
 
 def pool(mode: Pooling, states: Floats, starts: Any) -> Floats:
     """One vector for each row of `T x H` states; sentence-transformers' modes."""
+    vectors: Floats
     if mode == "cls":
-        return states[starts[:-1]]
-    if mode == "lasttoken":
-        return states[starts[1:] - 1]
-    if mode == "max":
-        return np.maximum.reduceat(states, starts[:-1], axis=0)
-    lengths = np.diff(starts).astype(np.float32)[:, None]
-    sums: Floats = np.add.reduceat(states, starts[:-1], axis=0)
-    return sums / (np.sqrt(lengths) if mode == "mean_sqrt_len_tokens" else lengths)
-
-
-def normalised(vectors: Floats) -> Floats:
-    """Of length one; a zero vector stays one."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12).astype(np.float32)
+        vectors = states[starts[:-1]]
+    elif mode == "lasttoken":
+        vectors = states[starts[1:] - 1]
+    elif mode == "max":
+        vectors = np.maximum.reduceat(states, starts[:-1], axis=0)
+    else:
+        lengths: Floats = np.diff(starts).astype(np.float32)[:, None]
+        sums: Any = np.add.reduceat(states, starts[:-1], axis=0)
+        vectors = sums / (np.sqrt(lengths) if mode == "mean_sqrt_len_tokens" else lengths)
+    return vectors
 
 
 def padded_groups(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -209,9 +208,7 @@ def _dense(directory: Path, dense: Dense) -> nn.Module:
     return nn.Sequential(linear, activation).eval()
 
 
-def _proven(
-    plain: ModuleModel, module: Any, info: EncoderInfo, finish: Finish | None, threads: int, cache: Path
-) -> CompiledModel:
+def _proven(plain: ModuleModel, module: Any, info: EncoderInfo, finish: Finish | None, threads: int, cache: Path) -> CompiledModel:
     """Raises NativeUnavailable, also when the compiled encoder gives other numbers than the module."""
     base = module.base_model
     encoder = CompiledEncoder(base, dtype=getattr(torch, info.dtype), threads=threads, cache=cache)
