@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cluster.errors import ModelNotServable
-from deployments.encode.compiled import CompiledEncoder
 from deployments.encode.inspection import Dense, EncoderInfo, Pooling
+from deployments.encode.native.encoder import CompiledEncoder
 from deployments.encode.row import Floats, Row, starts_of
 from deployments.encode.tasks import unit
 from deployments.engine.native.build import NativeUnavailable

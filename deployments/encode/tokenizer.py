@@ -15,6 +15,7 @@ from tokenizers import normalizers
 from cluster.errors import ContextLengthExceeded, InvalidRequest, ModelNotServable
 from deployments.encode.inspection import EncoderInfo
 from deployments.encode.row import Row
+from deployments.engine.model_config import read_json
 
 Text = str | tuple[str, str]
 
@@ -29,6 +30,8 @@ class Tokenizer:
         """Raises ModelNotServable."""
         self._info = info
         self._fast, self._cutting = _load(directory, info), _load(directory, info)
+        inputs = read_json(directory / "tokenizer_config.json").get("model_input_names")
+        self._has_segments = not isinstance(inputs, list) or "token_type_ids" in inputs
         self._lock = threading.Lock()  # a limit for cutting is a state of the tokenizer
         largest = self._fast.get_vocab_size() - 1
         if largest >= info.vocab_size:
@@ -47,7 +50,7 @@ class Tokenizer:
             with self._lock:
                 self._cutting.enable_truncation(max(cut, self._cutting.num_special_tokens_to_add(isinstance(texts[0], tuple)) + 1))
                 found = self._cutting.encode_batch_fast(list(texts))
-        paired = isinstance(texts[0], tuple)
+        paired = self._has_segments and isinstance(texts[0], tuple)
         rows = [Row(encoding.ids, encoding.type_ids if paired else None) for encoding in found]
         for place, row in enumerate(rows):
             self._check(row, place, len(rows), param)

@@ -1,4 +1,4 @@
-"""The compiled encoder (`engine/native/encoder.cpp`) over the weights of a transformers module: rows without padding, one call.
+"""The compiled encoder (`encoder.cpp`) over the weights of a transformers module: rows without padding, one call.
 
 Knows where BERT-like families keep their layers. Whether it gives the module's own results is `loading.py`'s question.
 """
@@ -87,7 +87,7 @@ class CompiledEncoder:
             raise NativeUnavailable("its norms differ in epsilon")
         self._padding = embeddings.padding_idx if config.model_type in OFFSET else None
         self._num_types = embeddings.token_type_embeddings.num_embeddings if hasattr(embeddings, "token_type_embeddings") else 0
-        self._library = _declared(library(cache))
+        self._library = _declared(library(cache, Path(__file__).parent))
         self._layers = (_Layer * len(blocks))(*[self._layer(block) for block in blocks])
         tables = [embeddings.word_embeddings, embeddings.position_embeddings, getattr(embeddings, "token_type_embeddings", None)]
         distances, reach = _distances(base)
