@@ -11,30 +11,8 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "modernbert")
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "split",
-    "join",
-    "text",
-    "into",
-    "words",
-    "list",
-    "of",
-    "numbers",
-    "red",
-    "blue",
-    "green",
-    "cat",
-    "house",
-]
+TEXT = "the quick brown fox jumps over a lazy dog split join text into words list of numbers red blue green cat house"
+WORDS = TEXT.split()
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 OFFSET = {"pad_token_id": 1, "max_position_embeddings": 66, "type_vocab_size": 1}
 DIFFERENCES: dict[str, dict[str, Any]] = {
