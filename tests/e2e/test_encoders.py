@@ -12,7 +12,7 @@ from mmaas.client import connect
 from pipelines import packaged
 from tests.e2e.platform import MODEL, RunningPlatform
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_minilm_answers_with_embeddings_that_mean_something(served: RunningPlatf
     assert vectors.shape == (3, 384)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.3
-    assert answer.usage.prompt_tokens == 26
+    assert answer.usage.prompt_tokens == 28
     with connect(base_url=served.quickstart["base_url"], api_key=served.quickstart["api_key"]) as ours:
         ranking = ours.rerank(model="minilm", query=texts[0], documents=texts[1:])
         assert [result.index for result in ranking.results] == [0, 1]

@@ -34,7 +34,7 @@ def test_a_search_goes_before_the_bulk_of_its_own_tenant() -> None:
 
 
 @given(st.lists(st.integers(4, 300), min_size=2, max_size=5), st.integers(1, 8))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_tenants_that_always_wait_get_the_same_number_of_tokens(lengths: list[int], rounds: int) -> None:
     lines, served = Lines(1 << 40), Counter[bytes]()
     for name, length in enumerate(lengths):
@@ -127,4 +127,4 @@ class LinesKeepCount(RuleBasedStateMachine):
 
 
 TestLines = LinesKeepCount.TestCase
-TestLines.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestLines.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
