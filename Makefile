@@ -9,7 +9,7 @@ RUN := $(VENV)/.run-stamp
 DEV := $(VENV)/.dev-stamp
 LOCK := pyproject.toml constraints.txt
 
-.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak bench-structured bench-stages bench-quantization bench-tools clean help
+.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak bench-structured bench-stages bench-quantization bench-tools bench-embeddings clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -85,6 +85,9 @@ bench-quantization: $(DEV)  ## what weights in eight bits cost and bring
 
 bench-tools: $(DEV)  ## what finding tool calls costs a token
 	$(BIN)/python -m bench.tools
+
+bench-embeddings: $(DEV)  ## rows per second of embeddings beside sentence-transformers
+	$(BIN)/python -m bench.embeddings
 
 soak: $(DEV)  ## 20,000 requests of every kind; nothing may be left of them
 	$(BIN)/python -m bench.soak

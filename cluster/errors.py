@@ -50,6 +50,12 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class ModelNotSupported(InvalidRequest):
+    """Raised when a served model is asked for what its kind doesn't do; the message says which call is right."""
+
+    code = "model_not_supported"
+
+
 class Unauthenticated(InvalidRequest):
     """Raised when a call carries no key, or one that is unknown, revoked or expired."""
 

@@ -47,6 +47,8 @@ ENGINE: Mapping[str, tuple[type[GaugeMetricFamily] | type[CounterMetricFamily], 
     "drafted_tokens": (CounterMetricFamily, "mmaas_engine_draft_tokens", "Tokens guessed and verified"),
     "adapters": (GaugeMetricFamily, "mmaas_engine_adapters", "LoRA adapters that are loaded"),
     "adapter_loads": (CounterMetricFamily, "mmaas_engine_adapter_loads", "LoRA adapters loaded since the start"),
+    "rows": (CounterMetricFamily, "mmaas_encoder_rows", "Inputs that an encoder has encoded"),
+    "waiting_tokens": (GaugeMetricFamily, "mmaas_encoder_waiting_tokens", "Tokens of inputs that wait for an encoder"),
     "accepted_tokens": (CounterMetricFamily, "mmaas_engine_draft_accepted_tokens", "Of these, right: output without a step"),
 }
 

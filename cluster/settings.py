@@ -129,6 +129,18 @@ class EngineSettings(_Section):
         return value.expanduser().absolute()
 
 
+class EncoderSettings(_Section):
+    step_target_ms: float = Field(default=40.0, gt=0, le=10_000)
+    """What a step of an encoder should take: who comes waits for at most one before its rows take their turn."""
+    max_queued_tokens: int = Field(default=1 << 20, ge=1)
+    """Tokens that may wait in one replica; more get 503 with Retry-After, the tenant that has most first."""
+    threads: int | None = Field(default=None, ge=1)
+    """Compute threads of one replica; None: the machine's cores."""
+    cpus: float = Field(default=0, ge=0)
+    """Logical CPUs that one replica reserves in Ray. None by default, so that a small encoder takes no place from what is placed by
+    reservations; set it where encoders do most of the work."""
+
+
 class TrainingSettings(_Section):
     workers: int = Field(default=2, ge=1, le=4096)
     """Ray Train workers of the demonstration."""
@@ -157,6 +169,8 @@ class Settings(BaseSettings):
     """The HTTP entrance."""
     engine: EngineSettings = EngineSettings()
     """The language-model engine: defaults for every deployment."""
+    encoder: EncoderSettings = EncoderSettings()
+    """Encoders: embeddings, reranking, classification. `engine.native`, `engine.cache` and `engine`'s deadlines count here, too."""
     training: TrainingSettings = TrainingSettings()
     """Training jobs."""
 

@@ -222,6 +222,32 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Encode:
+    """One call to an encoder: `texts`, or `ids` that are its own tokens. With `query` it asks how well each text answers that."""
+
+    request_id: str
+    tenant: str
+    task: Literal["embed", "rerank", "classify"]
+    texts: tuple[str, ...] = ()
+    ids: tuple[tuple[int, ...], ...] = ()
+    query: str | None = None
+    prompt_name: str | None = None
+    cut: int | None = None  # keep at most so many tokens of each; -1: as many as the model takes; None: refuse longer ones
+    dimensions: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """`width` numbers for each input: an embedding, one score, or the probabilities of the `labels`. `numbers` are float32,
+    little-endian, one input behind the other."""
+
+    numbers: bytes
+    width: int
+    usage: Usage
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Deployment:
     """Desired state of one served model (a row of the store)."""
 

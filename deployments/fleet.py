@@ -11,10 +11,10 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster import ingress, raynode
 from cluster.desired import Desired
@@ -26,6 +26,7 @@ from cluster.settings import Settings
 from cluster.storage import Storage
 from cluster.store import Store
 from cluster.types import Deployment, ModelRef
+from deployments.encode import inspection as encoders
 from deployments.engine.checkpoint import inspect
 
 PREFIX = "model-"
@@ -33,6 +34,7 @@ GATEWAY = "gateway"
 POLL_S = 0.5
 
 OnEvent = Callable[[str], None]
+Kind = Literal["llm", "encoder"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Target:
     deployment: Deployment
     directory: Path
     digest: str
-    frame: str = ""
+    frame: str = ""  # empty: the files of one that runs can't be changed
+    kind: Kind = "llm"
 
 
 @dataclass(frozen=True)
@@ -104,23 +107,38 @@ def find(deployment: Deployment, settings: Settings) -> Target:
         registry = Registry(settings.mlflow_uri, Storage(settings.home / "library"))
         directory = Path(registry.resolve(ModelRef.parse(deployment.model)).path)
     try:
-        inspect(
-            directory,
-            tp=deployment.tp,
-            pp=deployment.pp,
-            dtype=deployment.dtype,
-            max_model_len=deployment.max_model_len,
-            quantization=deployment.quantization,
+        return (
+            _encoder(deployment, directory, settings) if encoders.is_encoder(directory) else _llm(deployment, directory, settings)
         )
     except ModelNotServable as error:
         raise ModelNotServable(f"{deployment.name}: {error.message}") from error
-    return Target(deployment, directory, _digest(deployment, directory, settings), _frame(deployment, settings))
 
 
-def _digest(deployment: Deployment, directory: Path, settings: Settings) -> str:
-    """Of the row, the files (by name, size and time: the library never changes one in place) and the engine's settings."""
-    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in directory.iterdir())
-    facts = [asdict(deployment), str(directory), files, _frame(deployment, settings)]
+def _llm(deployment: Deployment, directory: Path, settings: Settings) -> Target:
+    inspect(
+        directory,
+        tp=deployment.tp,
+        pp=deployment.pp,
+        dtype=deployment.dtype,
+        max_model_len=deployment.max_model_len,
+        quantization=deployment.quantization,
+    )
+    frame = _frame(deployment, settings)
+    return Target(deployment, directory, _digest(deployment, directory, directory.iterdir(), frame), frame)
+
+
+def _encoder(deployment: Deployment, directory: Path, settings: Settings) -> Target:
+    if deployment.pp != 1 or deployment.quantization:
+        raise ModelNotServable("an encoder is served whole, in float32 or bfloat16: without --pp and --quantization")
+    encoders.inspect(directory, tp=deployment.tp, dtype=deployment.dtype, max_model_len=deployment.max_model_len)
+    files, facts = [*directory.iterdir(), *directory.glob("*/*")], settings.encoder.model_dump_json()
+    return Target(deployment, directory, _digest(deployment, directory, files, facts), kind="encoder")
+
+
+def _digest(deployment: Deployment, directory: Path, paths: Iterable[Path], frame: str) -> str:
+    """Of the row, the files (by name, size and time: the library never changes one in place) and all else that makes a replica."""
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+    facts = [asdict(deployment), str(directory), files, frame]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -184,7 +202,7 @@ def _swapped(target: Target, version: str, settings: Settings, on_event: OnEvent
     except PlatformError as error:
         on_event(f"{name}: {error.message}; it is restarted instead")
         return False
-    _run_model(target, edition, settings, on_event)
+    _run_model(target, version, settings, on_event)
     return True
 
 
@@ -210,15 +228,19 @@ def _deploy_model(target: Target, settings: Settings, on_event: OnEvent) -> None
     count = target.deployment.tp * target.deployment.pp
     ranks = f"{count} shards" if count > 1 else "one shard"
     on_event(f"loading {target.deployment.name} on {ranks}")
-    _run_model(target, _edition(target, f"{target.digest}-{secrets.token_hex(4)}"), settings, on_event)
+    _run_model(target, f"{target.digest}-{secrets.token_hex(4)}", settings, on_event)
 
 
-def _run_model(target: Target, edition: Any, settings: Settings, on_event: OnEvent) -> None:
+def _run_model(target: Target, version: str, settings: Settings, on_event: OnEvent) -> None:
     """Serve replaces replicas of another version, and tells the others of their edition."""
-    from deployments.llm import build
+    from deployments import encoder, llm
 
-    name = PREFIX + target.deployment.name
-    _run(build(target.deployment, edition, Secrets(settings.home).prefix_cache, settings), name, None)
+    name, secret = PREFIX + target.deployment.name, Secrets(settings.home).prefix_cache
+    if target.kind == "encoder":
+        application = encoder.build(target.deployment, str(target.directory), target.digest, secret, settings)
+    else:
+        application = llm.build(target.deployment, _edition(target, version), secret, settings)
+    _run(application, name, None)
     _wait(name, settings, on_event)
 
 

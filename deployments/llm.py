@@ -24,9 +24,9 @@ from ray.util import get_current_placement_group
 
 from cluster import ingress, raynode
 from cluster import log as logs
-from cluster.errors import Conflict, ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
+from cluster.errors import Conflict, ContextLengthExceeded, InvalidRequest, ModelNotSupported, Overloaded, Unavailable
 from cluster.settings import EngineSettings, Settings
-from cluster.types import Chunk, Constraint, Delta, Deployment, Generate, Usage
+from cluster.types import Chunk, Constraint, Delta, Deployment, Encode, Encoded, Generate, Usage
 from deployments.adapters import Adapters, finder
 from deployments.admission import Admission
 from deployments.answer import Answer
@@ -133,6 +133,12 @@ class LLM:
                 chunk = answer.take(outputs)
                 if chunk.deltas:
                     yield chunk
+
+    async def encode(self, call: Encode) -> AsyncIterator[Encoded]:
+        """Raises ModelNotSupported: this is no encoder."""
+        message = f"{self._deployment.name} is a language model: ask it for chat or completions, and an encoder for this."
+        raise ModelNotSupported(message, param="model")
+        yield  # type: ignore[unreachable]  # makes it a stream, as its caller expects
 
     async def info(self) -> dict[str, Any]:
         """What a caller may want to know before it asks."""

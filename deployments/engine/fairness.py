@@ -85,6 +85,10 @@ class Ledger(Generic[Party]):
         """Who waits, the greatest claim first; among equals who waits longest."""
         return sorted(self._waiting, key=attrgetter("served"))
 
+    def first(self) -> Party:
+        """Whose turn it is. Somebody must wait."""
+        return min(self._waiting, key=attrgetter("served"))
+
     def is_level(self, party: Party) -> bool:
         """Whether it would be lifted when it came back: then nothing is lost by forgetting it."""
         return party.served <= self.floor

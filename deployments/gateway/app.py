@@ -18,11 +18,19 @@ from starlette.responses import Response
 from cluster import metrics
 from cluster.errors import DeadlineExceeded, InvalidRequest
 from cluster.settings import GatewaySettings
-from deployments.gateway import answering, errors, exchange, limits, middleware
+from deployments.gateway import answering, encoding, errors, exchange, limits, middleware
 from deployments.gateway.entrance import KEEPALIVE_S, Entrance
 from deployments.gateway.keys import Verify
 from deployments.gateway.openai import models
 from deployments.gateway.openai.answers import ChatCompletion, Completion, ErrorResponse, Model, ModelList
+from deployments.gateway.openai.encoding import (
+    Classification,
+    ClassifyRequest,
+    EmbeddingList,
+    EmbeddingRequest,
+    Ranking,
+    RerankRequest,
+)
 from deployments.gateway.openai.types import ChatRequest, CompletionRequest
 from deployments.gateway.responses import event_stream, json_response
 from deployments.gateway.scopes import PUBLIC, ScopedRoute, public_paths, requires
@@ -113,6 +121,34 @@ async def create_chat_completion(request: Request) -> Response:
 async def create_completion(request: Request) -> Response:
     """Continue one or several prompts, at once or as a stream of server-sent events."""
     return await generate(request, "completions")
+
+
+@router.post("/v1/embeddings", tags=["encoders"], response_model=EmbeddingList, openapi_extra=_takes(EmbeddingRequest))
+@requires("inference")
+async def create_embeddings(request: Request) -> Response:
+    """One vector for each text or list of token ids."""
+    return await encode(request, "embeddings")
+
+
+@router.post("/v1/rerank", tags=["encoders"], response_model=Ranking, openapi_extra=_takes(RerankRequest))
+@requires("inference")
+async def rerank(request: Request) -> Response:
+    """Documents by how well they answer a query, the best first."""
+    return await encode(request, "rerank")
+
+
+@router.post("/v1/classify", tags=["encoders"], response_model=Classification, openapi_extra=_takes(ClassifyRequest))
+@requires("inference")
+async def classify(request: Request) -> Response:
+    """The likeliest label of each text, and the probability of every label."""
+    return await encode(request, "classify")
+
+
+async def encode(request: Request, operation: str) -> Response:
+    parts, notes = entrance(request), exchange.of(request.scope)
+    body = await limits.read_json(notes.body, parts.settings.max_json_depth)
+    answer = await encoding.rendered(parts.models, operation, body, notes, parts.settings.max_stream_s)
+    return Response(answer, media_type="application/json")
 
 
 async def generate(request: Request, operation: str) -> Response:

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 from cluster.errors import NotFound, PlatformError
-from deployments.gateway import answering, errors, limits, scopes
+from deployments.gateway import answering, encoding, errors, limits, scopes
 from deployments.gateway.answering import Part
 from deployments.gateway.entrance import Entrance
 from deployments.gateway.exchange import Exchange
@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 OPERATIONS = {
     "chat.completions": "inference",
     "completions": "inference",
+    "embeddings": "inference",
+    "rerank": "inference",
+    "classify": "inference",
     "models.list": "inference",
     "models.retrieve": "inference",
 }
@@ -62,6 +65,8 @@ async def _admitted(
         yield models.listing(await served.list(), await served.adapters())
     elif operation == "models.retrieve":
         yield models.card(models.find(await served.list(), await served.adapters(), str(tree.get("model", ""))))
+    elif operation in encoding.KINDS:
+        yield await encoding.answer(served, operation, tree, notes, bounds.max_stream_s)
     else:
         async with aclosing(_generated(entrance, answering.parse(operation, tree, notes), notes)) as answers:
             async for answer in answers:

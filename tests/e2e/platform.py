@@ -79,13 +79,13 @@ class RunningPlatform:
         options = {"max_retries": 0, "timeout": 60} | options
         return openai.OpenAI(base_url=found["base_url"], api_key=found["api_key"], _strict_response_validation=True, **options)
 
-    def counters(self) -> dict[str, float]:
-        """The engine's own counters, as the gateway shows them to an administrator."""
+    def counters(self, model: str = MODEL, prefix: str = "mmaas_engine_") -> dict[str, float]:
+        """A model's own counters, as the gateway shows them to an administrator."""
         address = self.quickstart["base_url"].removesuffix("/v1") + "/metrics"
         answer = httpx.get(address, headers={"Authorization": f"Bearer {self.quickstart['admin_key']}"}, trust_env=False)
         assert answer.status_code == 200, answer.text
-        lines = [line for line in answer.text.splitlines() if line.startswith("mmaas_engine_") and f'model="{MODEL}"' in line]
-        return {line.partition("{")[0].removeprefix("mmaas_engine_"): float(line.split()[-1]) for line in lines}
+        lines = [line for line in answer.text.splitlines() if line.startswith(prefix) and f'model="{model}"' in line]
+        return {line.partition("{")[0].removeprefix(prefix): float(line.split()[-1]) for line in lines}
 
     def shards(self) -> list[psutil.Process]:
         """The ranks' processes."""

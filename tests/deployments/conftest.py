@@ -1,4 +1,4 @@
-"""What tests of several parts of the engine share."""
+"""What tests of the engine and of encoders share."""
 
 from __future__ import annotations
 
