@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from cluster.types import Chunk, Delta, TokenLogprob, TopLogprob, Usage
 from deployments.engine.detokenizer import Detokenizer
-from deployments.engine.engine import Output, Request
+from deployments.engine.engine import NO_TOKEN, Output, Request
 from deployments.engine.tokenizer import Tokenizer
 from deployments.tools.spoken import Spoken
 from deployments.tools.stream import CallStream, News
@@ -58,6 +58,7 @@ class Answer:
 
     def _delta(self, index: int, outputs: list[Output]) -> Delta:
         detokenizer, reason = self._texts[index], outputs[-1].finish_reason
+        outputs = [output for output in outputs if output.token != NO_TOKEN]
         news = detokenizer.push([output.token for output in outputs])
         text = news.text
         if reason and not news.stopped:
@@ -98,7 +99,8 @@ class Answer:
 
     def _count(self, index: int, outputs: list[Output]) -> None:
         self._num_tokens += len(outputs)
-        self._num_cached = max(self._num_cached, *(output.cached for output in outputs)) if index == 0 else self._num_cached
+        if index == 0 and outputs:
+            self._num_cached = max(self._num_cached, *(output.cached for output in outputs))
 
     def _logprobs(self, outputs: list[Output]) -> tuple[TokenLogprob, ...]:
         return tuple(self._logprob(output) for output in outputs if output.logprob is not None)

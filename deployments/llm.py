@@ -25,6 +25,7 @@ from cluster import log as logs
 from cluster.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 from cluster.settings import Settings
 from cluster.types import Chunk, Constraint, Delta, Deployment, Generate, Usage
+from deployments.admission import Admission
 from deployments.answer import Answer
 from deployments.engine.checkpoint import inspect
 from deployments.engine.defaults import sampling_defaults
@@ -58,6 +59,7 @@ class LLM:
         self._tokenizer = await asyncio.to_thread(Tokenizer.load, path)
         self._tools = find_format(self._tokenizer, engine.tool_formats.get(deployment.name))
         self._defaults = sampling_defaults(path)
+        self._admission = Admission(path)
         blocks = num_blocks(self._model, engine)
         self._room = min(self._model.max_model_len, blocks * engine.block_size)
         spec = ShardSpec(
@@ -155,6 +157,8 @@ class LLM:
         for token, _ in sampling.logit_bias:
             if not 0 <= token < self._model.vocab_size:
                 raise InvalidRequest(f"logit_bias names token {token}; the model has {self._model.vocab_size}.", param="logit_bias")
+        if sampling.constraint:
+            await self._admission.admit(sampling.constraint, self._opaque(call.tenant, b"flow"))
         stop_ids = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(self._tokenizer.eos_ids))
         stop_ids |= self._tools.stop_ids if offers(call) and self._tools else frozenset()
         return Request(

@@ -17,20 +17,25 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cluster.settings import EngineSettings
-from cluster.types import FinishReason, Priority, Sampling
+from cluster.types import Constraint, FinishReason, Priority, Sampling
 from deployments.engine.batch import Batch
 from deployments.engine.blocks import BlockPool
 from deployments.engine.chunking import Chunking
 from deployments.engine.scheduler import Scheduler, Slice
 from deployments.engine.sequence import Sequence
 from deployments.engine.speculation import Speculation
+from deployments.engine.structured import Grammars
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.sampler import Sampled
+    from deployments.engine.structured import Allowed, Matcher
 
 Execute = Callable[[Batch], "Tensor"]
+
+NO_TOKEN = -1
+"""In the place of a token that couldn't be chosen: the output says no more than that its choice ends with an error."""
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -88,12 +93,13 @@ class Engine:
     scheduler: Scheduler
     chunking: Chunking
     speculation: Speculation | None = None
+    grammars: Grammars | None = None
     clock: Callable[[], float] = time.perf_counter
     _requests: dict[int, list[Sequence]] = field(default_factory=dict)  # the unfinished choices of each request
     _counts: Stats = field(default_factory=Stats)  # gauges stay zero here: `stats` reads them where they live
 
     @classmethod
-    def of(cls, execute: Execute, num_blocks: int, settings: EngineSettings) -> Engine:
+    def of(cls, execute: Execute, num_blocks: int, settings: EngineSettings, grammars: Grammars | None = None) -> Engine:
         scheduler = Scheduler(
             BlockPool(num_blocks, settings.block_size),
             max_sequences=settings.max_sequences,
@@ -101,7 +107,7 @@ class Engine:
             prefix_cache=settings.prefix_cache,
         )
         speculation = Speculation(settings.speculation) if settings.speculation else None
-        return cls(execute, scheduler, Chunking(settings.max_batch_tokens, settings.step_target_ms / 1e3), speculation)
+        return cls(execute, scheduler, Chunking(settings.max_batch_tokens, settings.step_target_ms / 1e3), speculation, grammars)
 
     @property
     def has_work(self) -> bool:
@@ -124,10 +130,17 @@ class Engine:
                 tenant=request.tenant,
                 priority=request.priority,
                 leader=leader,
+                matcher=self._matcher(request.sampling.constraint),
             )
             leader = leader or sequence
             sequences.append(sequence)
             self.scheduler.add(sequence)
+
+    def _matcher(self, constraint: Constraint | None) -> Matcher | None:
+        if constraint is None:
+            return None
+        assert self.grammars, "an engine without grammars was asked for an answer of a certain form"
+        return self.grammars.matcher(constraint)
 
     def abort(self, request_id: int, index: int | None = None) -> None:
         """Stop one choice of a request, or all. Its blocks are free when this returns; unknown requests are long finished."""
@@ -144,7 +157,8 @@ class Engine:
         if not slices:
             return []
         if self.speculation:
-            slices = self.scheduler.extend(slices, self.speculation.drafts(slices))
+            drafts = [self._guesses(*pair) for pair in zip(slices, self.speculation.drafts(slices), strict=True)]
+            slices = self.scheduler.extend(slices, drafts)
         batch = Batch.of(slices)
         model_began = self.clock()
         logits = self.execute(batch)
@@ -184,13 +198,32 @@ class Engine:
         going, place = list(zip(slices, rows, strict=True)), 0
         while going:
             wanted = logits if len(going) == len(logits) else logits[[row + place for _, row in going]]
-            chosen = sample(wanted, [item.sequence for item, _ in going])
+            sequences = [item.sequence for item, _ in going]
+            chosen = sample(wanted, sequences, self._allowed(sequences, wanted.shape[1]))
             outputs += [self._take(item.sequence, token) for (item, _), token in zip(going, chosen, strict=True)]
             going = [(item, row) for item, row in going if self._goes_on(item, place)]
             place += 1
         return outputs
 
+    def _allowed(self, sequences: Items[Sequence], width: int) -> dict[int, Allowed]:
+        """By row, which tokens the grammars of constrained sequences let follow."""
+        matchers = {row: sequence.matcher for row, sequence in enumerate(sequences) if sequence.matcher}
+        if not matchers or not self.grammars:
+            return {}
+        allowed = self.grammars.allowed(list(matchers.values()), width)
+        return {row: allowed[place] for place, (row, matcher) in enumerate(matchers.items()) if not matcher.has_failed}
+
+    def _guesses(self, item: Slice, draft: list[int]) -> list[int]:
+        """What a grammar forces is a guess that can't be wrong; else the guesses up to the first that it forbids."""
+        matcher = item.sequence.matcher
+        if matcher is None or not item.samples or item.count > 1 or self.speculation is None:
+            return draft
+        return matcher.forced(self.speculation.room(item)) or draft[: matcher.fitting(draft)]
+
     def _take(self, sequence: Sequence, sampled: Sampled) -> Output:
+        if sequence.matcher and sequence.matcher.has_failed:
+            sequence.finish_reason = "error"
+            return Output(sequence.request_id, sequence.index, NO_TOKEN, finish_reason="error")
         first = sequence.num_output == 0
         sequence.append(sampled.token)
         cached = sequence.num_cached if first else 0

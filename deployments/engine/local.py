@@ -15,9 +15,10 @@ from types import TracebackType
 from cluster.settings import EngineSettings
 from cluster.types import FinishReason, Sampling
 from deployments.engine.checkpoint import inspect
-from deployments.engine.engine import Engine, Output, Request
+from deployments.engine.engine import NO_TOKEN, Engine, Output, Request
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import Shard, ShardSpec, num_blocks
+from deployments.engine.structured import Grammars
 
 
 @dataclass(slots=True)
@@ -73,7 +74,7 @@ class LocalEngine:
 
     def _lead(self, spec: ShardSpec) -> None:
         self.shard = Shard(spec)
-        self.engine = Engine.of(self.shard.execute, spec.num_blocks, spec.settings)
+        self.engine = Engine.of(self.shard.execute, spec.num_blocks, spec.settings, Grammars(spec.directory, threads=spec.threads))
         self.info = spec.model
 
     def generate(
@@ -127,8 +128,9 @@ class LocalEngine:
     def _take(result: Generation, output: Output) -> None:
         now = time.perf_counter() - result.started_at
         result.first_token_s = result.first_token_s or now
-        result.token_ids.append(output.token)
-        result.token_times_s.append(now)
+        if output.token != NO_TOKEN:
+            result.token_ids.append(output.token)
+            result.token_times_s.append(now)
         result.cached_tokens += output.cached
         if output.logprob is not None:
             result.logprobs.append(output.logprob)

@@ -1,7 +1,8 @@
 """From logits to tokens, for a whole step at once. Runs on rank 0 only.
 
 Order, as in transformers and vLLM: repetition, frequency and presence penalties and logit bias -> greedy, or temperature ->
-top-k -> top-p -> min-p -> a draw. Log probabilities are those of the model itself, before any of it, as the OpenAI API has them.
+top-k -> top-p -> min-p -> a draw. What a grammar forbids is -inf behind penalties and bias, so that none can lift it. Log
+probabilities are those of the model itself, before any of it, as the OpenAI API has them.
 
 A draw takes the token with the largest `logit + noise` (Gumbel-max, which draws from the softmax); the noise is a function of
 the sequence's seed and the token's place alone, so that neither batch-mates nor a preemption changes an answer.
@@ -9,6 +10,7 @@ the sequence's seed and the token's place alone, so that neither batch-mates nor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from cluster.types import Sampling
 from deployments.engine.sequence import Sequence
+from deployments.engine.structured import Allowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +33,16 @@ class Sampled:
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, sequences: Items[Sequence]) -> list[Sampled]:
-    """`R x V` logits, one row for each sequence. May change `logits`. A plain greedy step is one argmax."""
+def sample(logits: Tensor, sequences: Items[Sequence], allowed: Mapping[int, Allowed] | None = None) -> list[Sampled]:
+    """`R x V` logits, one row for each sequence. May change `logits`. A plain greedy step is one argmax. `allowed` says, by row,
+    which of the V tokens may be chosen where not all may."""
     reports = {row: s.sampling.logprobs for row, s in enumerate(sequences) if s.sampling.logprobs is not None}
     raw = logits[list(reports)].float() if reports else logits
     for row, sequence in enumerate(sequences):
         if _is_adjusted(sequence.sampling) or _bans_stop(sequence):
             logits[row] = adjust(logits[row], sequence)
+    if allowed:
+        forbid(logits, sequences, allowed)
     draws = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
     tokens = largest(logits)
     if draws:
@@ -65,6 +71,18 @@ def adjust(row: Tensor, sequence: Sequence) -> Tensor:
     if _bans_stop(sequence):
         row[list(sequence.stop_ids)] = -torch.inf
     return row
+
+
+def forbid(logits: Tensor, sequences: Items[Sequence], allowed: Mapping[int, Allowed]) -> None:
+    """-inf in `logits` for every token that isn't allowed in its row. A row in which only tokens are allowed that may not come yet
+    (`min_tokens`) gets one of them all the same: no answer is longer than its grammar."""
+    rows = list(allowed)
+    kept = torch.from_numpy(np.stack([allowed[row] for row in rows]))
+    masked = logits[rows].masked_fill_(~kept, -torch.inf)
+    for place, row in enumerate(rows):
+        if _bans_stop(sequences[row]) and masked[place].max() == -torch.inf:
+            masked[place, kept[place]] = 0.0
+    logits[rows] = masked
 
 
 def draw(logits: Tensor, sequences: Items[Sequence]) -> list[int]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from cluster.types import FinishReason, Priority, Sampling
 from deployments.engine.draft import Drafter
+
+if TYPE_CHECKING:
+    from deployments.engine.structured import Matcher
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +42,7 @@ class Sequence:
     num_sealed: int = 0  # blocks whose content the pool knows
     digests: list[bytes] = field(default_factory=list)  # of the full blocks' tokens, as far as known
     drafter: Drafter | None = None  # since it decodes, where guessing is on
+    matcher: Matcher | None = None  # where it is in its grammar, if its answer must have a form
     finish_reason: FinishReason | None = None
 
     @property
@@ -60,3 +65,14 @@ class Sequence:
             self.finish_reason = "stop"
         elif self.num_output >= self.max_tokens:
             self.finish_reason = "length"
+        if self.matcher:
+            self._advance(self.matcher, token)
+
+    def _advance(self, matcher: Matcher, token: int) -> None:
+        """A finished grammar ends the answer, whatever else was asked for: nothing can follow."""
+        if self.finish_reason != "stop":  # a token that stops is none of the answer's
+            matcher.take(token)
+        if matcher.has_failed:
+            self.finish_reason = "error"
+        elif matcher.is_finished:
+            self.finish_reason = "stop"

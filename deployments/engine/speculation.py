@@ -80,7 +80,7 @@ class Speculation:
             return [[]] * len(slices)
         chances = [drafter.chance() if drafter else 0.0 for drafter in drafters]
         price = CAUTION * measured
-        lengths = best_lengths(chances, [self._room(item) for item in slices], price, decoders)
+        lengths = best_lengths(chances, [self.room(item) for item in slices], price, decoders)
         return [drafter.draft(length) if drafter else [] for drafter, length in zip(drafters, lengths, strict=True)]
 
     def learn(self, slices: Items[Slice], seconds: float) -> None:
@@ -103,7 +103,7 @@ class Speculation:
             sequence.drafter = Drafter(sequence.tokens, self._experience)
         return sequence.drafter
 
-    def _room(self, item: Slice) -> int:
+    def room(self, item: Slice) -> int:
         """Guesses that could all become output and still be followed by the token that every step gives."""
         return min(self.limit, item.sequence.max_tokens - item.sequence.num_output - 1)
 

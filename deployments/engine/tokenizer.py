@@ -92,6 +92,19 @@ class Tokenizer:
         """A raw prompt: special tokens only where the model's own post-processing puts them, never from the text itself."""
         return self._encode(self._control.defuse(text), add_special_tokens=True)
 
+    def encode_inside(self, text: str) -> list[int] | None:
+        """A piece of a text that has already begun, all of it ordinary text. None where the library can't cut it out of a longer
+        one, as with pieces that don't begin where a token does."""
+        wanted, text = text.encode(), self._control.defuse(text)
+        for before in ("", "\x02"):  # SentencePiece puts a space in front of what begins
+            ids = self._library.encode(before + text, add_special_tokens=False).ids
+            skipped = b""
+            while ids and skipped.strip(b" ") != before.encode():
+                skipped += self.token_bytes(ids.pop(0))
+            if b"".join(map(self.token_bytes, ids)) == wanted:
+                return ids
+        return None
+
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """A chat, up to where the assistant's answer begins. `tools`: what the model may call. Raises InvalidRequest for a model
         without a chat template, and for what its template refuses."""

@@ -13,9 +13,11 @@ from pydantic import Field, StringConstraints, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from cluster.errors import InvalidRequest
-from cluster.types import Priority, Sampling
+from cluster.types import Constraint, Priority, Sampling
 from deployments.gateway import errors
+from deployments.gateway.openai import forms
 from deployments.gateway.openai.bounded import Bounded
+from deployments.gateway.openai.forms import ResponseFormat, StructuredOutputs
 from deployments.gateway.openai.tools import MAX_TOOLS, Call, CallId, Tool, ToolChoice, check_arguments, check_choice
 
 MAX_N = 16
@@ -60,6 +62,12 @@ class Sampled(Bounded):
     stop: Stops | None = None
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=128)
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = Field(default=None, description="vLLM's older name for structured_outputs.json.")
+    guided_regex: str | None = Field(default=None, description="For structured_outputs.regex.")
+    guided_choice: list[str] | None = Field(default=None, description="For structured_outputs.choice.")
+    guided_grammar: str | None = Field(default=None, description="For structured_outputs.grammar.")
     service_tier: Literal["auto", "default", "flex"] | None = None
     """`flex` is the class of service that yields to others. None is above the usual one, so that `priority` is refused."""
     logit_bias: dict[Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
@@ -124,7 +132,12 @@ class Sampled(Bounded):
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             logprobs=logprobs,
             n=self.choices,
+            constraint=self._constraint(),
         )
+
+    def _constraint(self) -> Constraint | None:
+        older = {name: value for name in forms.KINDS if (value := getattr(self, f"guided_{name}", None)) is not None}
+        return forms.constraint(self.response_format, self.structured_outputs, older)
 
 
 class TextPart(Bounded):

@@ -15,11 +15,8 @@ _NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
 
 _EVERYWHERE: dict[str, tuple[Any, ...]] = {
     # spelled by vLLM and its relatives
-    "guided_json": _NOTHING,
-    "guided_regex": _NOTHING,
-    "guided_choice": _NOTHING,
-    "guided_grammar": _NOTHING,
-    "structured_outputs": _NOTHING,
+    "guided_whitespace_pattern": _NOTHING,
+    "structural_tag": _NOTHING,
     "use_beam_search": _NOTHING,
     "length_penalty": (None, 1, 1.0),
     "prompt_logprobs": _NOTHING,
@@ -29,7 +26,6 @@ _EVERYWHERE: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": _NOTHING,
     "include_stop_str_in_output": _NOTHING,
     "skip_special_tokens": (None, True),
-    "response_format": (None, {"type": "text"}),
 }
 
 CHAT: dict[str, tuple[Any, ...]] = {
