@@ -6,7 +6,6 @@ Pure: no socket, no event loop. The engine knows ids, the gateway knows JSON, th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from cluster.types import Chunk, Delta, TokenLogprob, TopLogprob, Usage
 from deployments.engine.detokenizer import Detokenizer
@@ -84,10 +83,9 @@ class Answer:
             self._stop_choice(delta.index)
             reason = "stop"
         if reason:
-            news += calls.finish(cut=reason != "stop")
+            news = news.then(calls.finish(cut=reason != "stop"))
             reason = "tool_calls" if reason == "stop" and calls.has_calls else reason
-        logprobs = self._of_text(delta, news)
-        return replace(delta, text=news.text, tool_calls=news.calls, finish_reason=reason, logprobs=logprobs)
+        return Delta(delta.index, news.text, delta.token_ids, self._of_text(delta, news), reason, news.calls)
 
     def _of_text(self, delta: Delta, news: News) -> tuple[TokenLogprob, ...]:
         if self._request.sampling.logprobs is None:

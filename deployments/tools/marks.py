@@ -52,4 +52,4 @@ def literal(text: str) -> str:
 
 def visible(text: str) -> str:
     """Without the characters that stand for special tokens."""
-    return _HIDDEN.sub("", text)
+    return text if text.isascii() else _HIDDEN.sub("", text)

@@ -8,8 +8,7 @@ that turns out to be malformed is said after all, whole.
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from deployments.tools.json_scanner import JsonScanner
 from deployments.tools.marks import Mark, visible
@@ -29,23 +28,20 @@ class Ended(Exception):
     """Raised where a parser wants more text than there will be."""
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
+class Said(NamedTuple):
     """Text of the answer, and how many characters were read for it: those that stand for special tokens aren't said."""
 
     text: str
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class Unsaid:
+class Unsaid(NamedTuple):
     """So many characters are no text of the answer."""
 
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """News of a call: its name with the first, its arguments as they come; how it ended."""
 
     name: str | None = None
@@ -213,7 +209,8 @@ class Source:
         self._say(read)
 
     def _say(self, text: str, *, at_end: bool = False) -> None:
-        text = self._gap + text
+        if self._gap:
+            text = self._gap + text
         said = text if at_end else text.rstrip(SPACE)
         self._gap = text[len(said) :]
         if said:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from cluster.types import ToolCallDelta
 from deployments.tools.source import Ended, Part, Reading, Said, Source, Unsaid
@@ -12,8 +12,7 @@ from deployments.tools.source import Ended, Part, Reading, Said, Source, Unsaid
 Reader = Callable[[Source], Reading[None]]
 
 
-@dataclass(frozen=True, slots=True)
-class News:
+class News(NamedTuple):
     """Text that isn't part of a call, and what is new about calls. Either may be empty. `spans` says what became of the characters
     that came in: so many were text, so many weren't."""
 
@@ -21,8 +20,11 @@ class News:
     calls: tuple[ToolCallDelta, ...]
     spans: tuple[Said | Unsaid, ...]
 
-    def __add__(self, later: News) -> News:
+    def then(self, later: News) -> News:
         return News(self.text + later.text, self.calls + later.calls, self.spans + later.spans)
+
+
+_NOTHING = News("", (), ())
 
 
 class CallStream:
@@ -67,7 +69,12 @@ class CallStream:
             self._runs = False
 
     def _news(self) -> News:
-        found, self._source.found = self._source.found, []
+        found = self._source.found
+        if not found:
+            return _NOTHING
+        self._source.found = []
+        if len(found) == 1 and isinstance(only := found[0], Said):
+            return News(only.text, (), (only,))
         spans = tuple([item for item in found if not isinstance(item, Part)])
         text = "".join([item.text for item in spans if isinstance(item, Said)])
         for item in found:
@@ -82,7 +89,7 @@ class CallStream:
             self._calls[self._index] = ToolCallDelta(self._index, f"call_{secrets.token_hex(12)}", part.name)
         elif part.arguments:
             known = self._calls.get(self._index, ToolCallDelta(self._index))
-            self._calls[self._index] = replace(known, arguments=known.arguments + part.arguments)
+            self._calls[self._index] = ToolCallDelta(known.index, known.id, known.name, known.arguments + part.arguments)
         elif part.end == "broken":
             self._take_back()
 
