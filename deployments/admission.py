@@ -78,9 +78,9 @@ class Admission:
                 self._process = await _Process.start(self._directory)
             return self._process
 
-    def close(self) -> None:
+    async def close(self) -> None:
         if self._process:
-            self._process.kill()
+            await self._process.close()
 
 
 class _Process:
@@ -90,6 +90,7 @@ class _Process:
         self._process = process
         self._asked: dict[int, asyncio.Future[str | None]] = {}
         self._number = 0
+        self._has_ended = False
         self._listener = asyncio.create_task(self._listen())
 
     @classmethod
@@ -117,7 +118,7 @@ class _Process:
 
     @property
     def is_alive(self) -> bool:
-        return self._process.returncode is None and not self._listener.done()
+        return not self._has_ended
 
     async def verdict(self, constraint: Constraint) -> str | None:
         """Why this can't be served, or None. A process that doesn't answer is ended."""
@@ -132,6 +133,7 @@ class _Process:
             async with asyncio.timeout(2 * WALL_S):
                 return await answer
         except TimeoutError:
+            self._has_ended = True
             self.kill()
             raise Unavailable("the process that compiles schemas and grammars doesn't answer", retry_after_s=5) from None
         finally:
@@ -140,6 +142,12 @@ class _Process:
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGKILL)
+
+    async def close(self) -> None:
+        self.kill()
+        await self._listener
+        if self._process.stdin:
+            self._process.stdin.close()
 
     async def _listen(self) -> None:
         assert self._process.stdout
@@ -150,6 +158,7 @@ class _Process:
                 if answer and not answer.done():
                     answer.set_result(report["reason"])
         except asyncio.IncompleteReadError:
+            self._has_ended = True
             for answer in self._asked.values():
                 if not answer.done():
                     answer.set_exception(Unavailable("the process that compiles schemas and grammars ended", retry_after_s=1))

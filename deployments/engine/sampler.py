@@ -76,13 +76,10 @@ def adjust(row: Tensor, sequence: Sequence) -> Tensor:
 def forbid(logits: Tensor, sequences: Items[Sequence], allowed: Mapping[int, Allowed]) -> None:
     """-inf in `logits` for every token that isn't allowed in its row. A row in which only tokens are allowed that may not come yet
     (`min_tokens`) gets one of them all the same: no answer is longer than its grammar."""
-    rows = list(allowed)
-    kept = torch.from_numpy(np.stack([allowed[row] for row in rows]))
-    masked = logits[rows].masked_fill_(~kept, -torch.inf)
-    for place, row in enumerate(rows):
-        if _bans_stop(sequences[row]) and masked[place].max() == -torch.inf:
-            masked[place, kept[place]] = 0.0
-    logits[rows] = masked
+    for row, kept in allowed.items():
+        logits[row].masked_fill_(torch.from_numpy(~kept), -torch.inf)
+        if _bans_stop(sequences[row]) and logits[row].max() == -torch.inf:
+            logits[row, torch.from_numpy(kept)] = 0.0
 
 
 def draw(logits: Tensor, sequences: Items[Sequence]) -> list[int]:

@@ -170,13 +170,14 @@ def source(constraint: Constraint) -> str:
 
 
 def limits() -> LLParserLimits:
-    """What compiling and one step of one sequence may cost, in llguidance's units: about 20 ms and 10 ms on one core, and 32 MB."""
+    """What compiling and one step of one sequence may cost, in llguidance's units: about 20 ms and 5 ms on one core, and 32 MB. A
+    lexer can take longer all the same where a repetition is repeated; `trial.py` walks into those."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
         initial_lexer_fuel=1_000_000,
-        step_lexer_fuel=200_000,
-        step_max_items=50_000,
+        step_lexer_fuel=50_000,
+        step_max_items=20_000,
         max_items_in_row=2_000,
         max_lexer_states=16_000,
         max_grammar_size=200_000,

@@ -20,22 +20,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cluster.types import Constraint
 from deployments.engine.structured import compiled, limits, vocabulary
 from deployments.engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 CPU_S = 0.5
 WALL_S = 4.0
 """For a machine that has no time for the child."""
 MEMORY_BYTES = 256 << 20
 """On top of what the vocabulary takes."""
+STEPS = 64
+"""Tokens of an answer that are tried."""
+STEP_S = 0.05
 MAX_WORDS = 600
 """Characters of a reason; with its frame it fits into one write that others' can't cut in two."""
 LENGTH = struct.Struct("<I")
-TOO_SLOW = "it takes more than half a second to compile; make it smaller: fewer alternatives, smaller bounds, less nesting"
+TOO_SLOW = "compiling or following it takes too long; make it smaller: fewer alternatives, smaller bounds, less nesting"
 TOO_LARGE = "compiling it takes too much memory; make it smaller: fewer alternatives, smaller bounds, less nesting"
 NO_ANSWER = "no answer can have this form"
 
@@ -74,10 +79,25 @@ def verdict(constraint: Constraint, tokens: LLTokenizer) -> str | None:
         return _reason(str(error))
     if matcher.is_error():
         return _reason(matcher.get_error())
-    allowed = matcher.compute_bitmask()
-    if matcher.is_error():
-        return NO_ANSWER if matcher.get_error().startswith("NoExtension") else _reason(matcher.get_error())
-    return None if any(allowed) else NO_ANSWER
+    return _walk(matcher)
+
+
+def _walk(matcher: LLMatcher) -> str | None:
+    """The beginning of an answer by dice: what each of its steps will cost the ranks is known before the first of them pays."""
+    dice = np.random.default_rng(0)
+    for _ in range(STEPS):
+        began = time.process_time()
+        allowed = np.flatnonzero(np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little"))
+        if matcher.is_error() or not len(allowed):
+            return NO_ANSWER if matcher.get_error().startswith("NoExtension") else _reason(matcher.get_error())
+        taken = matcher.consume_token(int(dice.choice(allowed)))
+        if time.process_time() - began > STEP_S:
+            return TOO_SLOW
+        if not taken:
+            return _reason(matcher.get_error())
+        if matcher.is_stopped():
+            return None
+    return None
 
 
 def _fork(asked: dict[str, Any], tokens: LLTokenizer) -> _Child:

@@ -1,5 +1,6 @@
-"""What form an answer shall have, as callers say it: OpenAI's `response_format`, vLLM's `structured_outputs` and its `guided_` names of
-old. All of them become one `Constraint`; what it costs to compile is the model's replica to find out.
+"""What form an answer shall have, as callers say it: OpenAI's `response_format`, vLLM's `structured_outputs` and `guided_` names.
+
+All of them become one `Constraint`; what it costs to compile is the model's replica to find out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Schemas, expressions and grammars to hold answers to: ordinary ones, which must be met, and hostile ones, which must be survived."""
+"""Schemas, expressions and grammars to hold answers to: ordinary ones, which must be met, and hostile ones, to be survived."""
 
 from __future__ import annotations
 

@@ -9,12 +9,15 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 
 from cluster.settings import EngineSettings
-from cluster.types import Sampling
+from cluster.types import Constraint, Sampling
 from deployments.engine.checkpoint import inspect
 from deployments.engine.local import LocalEngine, follow
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import ShardSpec
 from tests.deployments.engine.guesses import Guesses
+
+FORM = r"(yes|no), [0-9]{2}%"
+FORMED = Sampling(temperature=1.0, max_tokens=12, seed=1, constraint=Constraint("regex", FORM))
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Report:
     accepted: int  # guesses in it
     preemptions: int
     weight_bytes: int  # on the leader
+    formed: list[list[int]]  # answers that must match the expression `FORM`
 
 
 def run_on_two_ranks(
@@ -77,6 +81,7 @@ def _lead(specs: dict[str, ShardSpec], prompts: list[list[int]], reports: Queue[
             engine.engine.stats().accepted_tokens,
             preemptions,
             engine.shard.runner.weight_bytes,
+            [answer.token_ids for answer in engine.generate(prompts, FORMED)],
         )
         engine.close()
     reports.put(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,9 +16,10 @@ from cluster.errors import ModelNotServable
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.local import LocalEngine
+from deployments.engine.tokenizer import Tokenizer
 from tests.deployments.engine.families import VOCABULARY, build, reference
 from tests.deployments.engine.guesses import Guesses
-from tests.deployments.engine.ranks import Report, run_on_two_ranks
+from tests.deployments.engine.ranks import FORM, Report, run_on_two_ranks
 
 SERVABLE = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi3", "granite", "gpt_neox", "opt"]
 NATIVE = SERVABLE[:-2]
@@ -106,6 +108,14 @@ def test_guesses_change_no_token_of_two_ranks(
     report = two_ranks(path)[family]
     assert report.guessed == models[family][1]
     assert report.accepted > 10
+
+
+@pytest.mark.parametrize(("family", "path"), SHARDED)
+def test_answers_of_two_ranks_have_the_form(
+    models: dict, two_ranks: Callable[[str], dict[str, Report]], family: str, path: str
+) -> None:
+    tokenizer = Tokenizer.load(models[family][0])
+    assert all(re.fullmatch(FORM, tokenizer.decode(answer)) for answer in two_ranks(path)[family].formed)
 
 
 @pytest.mark.parametrize(("family", "path"), SHARDED)

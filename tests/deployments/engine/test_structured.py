@@ -1,4 +1,4 @@
-"""Every complete answer has the form that was asked for, against jsonschema and Python's own expressions, whatever the model says."""
+"""Every complete answer has the form that was asked for, by jsonschema and Python's own expressions, whatever the model says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
@@ -20,12 +22,12 @@ from hypothesis import strategies as st
 from cluster.settings import EngineSettings
 from cluster.types import Constraint, Sampling
 from deployments.engine import schemas
+from deployments.engine.batch import Batch
 from deployments.engine.engine import NO_TOKEN, Engine, Output, Request
 from deployments.engine.local import LocalEngine
 from deployments.engine.structured import Grammars
 from deployments.engine.tokenizer import Tokenizer
 from tests.deployments.engine import families, texts
-from tests.deployments.engine.arithmetic import Recall
 from tests.deployments.engine.forms import CONSTRAINTS, HOSTILE_CONSTRAINTS, SCHEMAS
 
 BLOCKS, BLOCK_SIZE = 400, 16
@@ -38,11 +40,17 @@ class Dice:
     def __init__(self, directory: Path) -> None:
         self.tokenizer = Tokenizer.load(directory)
         self.grammars = Grammars(directory)
+        self.table = torch.randn(1009, self.tokenizer.vocab_size, generator=torch.Generator().manual_seed(0)) * 2
 
     def engine(self, blocks: int = BLOCKS, **options: Any) -> Engine:
         settings = EngineSettings(block_size=BLOCK_SIZE, max_sequences=8, max_batch_tokens=64, **options)
-        model = Recall(blocks, BLOCK_SIZE, vocabulary=self.tokenizer.vocab_size, surprise=2.0)
-        return Engine.of(model, blocks, settings, self.grammars)
+        return Engine.of(self.throw, blocks, settings, self.grammars)
+
+    def throw(self, batch: Batch) -> torch.Tensor:
+        """`Engine.execute`: a row of the table for each pair of last token and place."""
+        places = np.repeat(batch.starts, batch.counts) + np.concatenate([np.arange(count) for count in batch.counts])
+        rows = (batch.tokens * 31 + places * 7)[batch.rows] % len(self.table)
+        return self.table[torch.from_numpy(rows.astype(np.int64))]
 
     def request(self, number: int, constraint: Constraint | None, max_tokens: int = LENGTH, **sampling: Any) -> Request:
         sampling = {"temperature": 1.0, **sampling}
@@ -82,6 +90,7 @@ def check(schema: Any, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def dice(tmp_path_factory: pytest.TempPathFactory) -> Dice:
+    torch.set_num_threads(1)  # as a rank does; small tensors are slower with more
     return Dice(texts.byte_level(tmp_path_factory.mktemp("dice")))
 
 
@@ -265,10 +274,10 @@ def generations(engine: LocalEngine) -> Iterator[tuple[Any, str]]:
             yield schema, tokenizer.decode(result.token_ids)
 
 
-@pytest.mark.parametrize(("native", "tp"), [(False, 1), (True, 1), pytest.param(False, 2, marks=pytest.mark.slow), (True, 2)])
-def test_real_models_meet_the_form(llama: Path, native: bool, tp: int) -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_real_models_meet_the_form(llama: Path, native: bool) -> None:
     settings = EngineSettings(kv_cache_bytes=1 << 22, max_batch_tokens=256, threads=1, native=native, block_size=16)
-    with LocalEngine(llama, tp=tp, settings=settings) as engine:
+    with LocalEngine(llama, settings=settings) as engine:
         found = list(generations(engine))
     assert len(found) > 5
     for schema, text in found:

@@ -153,15 +153,12 @@ def test_class_of_service_that_is_not_there_is_refused(client: openai.OpenAI, ti
     ("param", "value"),
     [
         ("functions", [{"name": "f"}]),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {"name": "n"}}),
         ("audio", {"voice": "x", "format": "wav"}),
         ("modalities", ["text", "audio"]),
         ("prediction", {"type": "content", "content": "x"}),
         ("web_search_options", {}),
         ("chat_template", "{{ messages }}"),
         ("chat_template_kwargs", {"a": 1}),
-        ("guided_json", {"type": "object"}),
         ("best_of", 2),
     ],
 )

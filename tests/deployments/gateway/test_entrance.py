@@ -246,6 +246,9 @@ FIELDS += [
     "max_completion_tokens",
     "min_tokens",
     "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_choice",
     "best_of",
     "top_k",
 ]
