@@ -61,7 +61,7 @@ class RealEngine:
             yield await asyncio.to_thread(self._local.engine.step)
 
 
-@pytest.fixture(scope="module", params=["hermes", "llama", "mistral", "mistral-named"])
+@pytest.fixture(scope="module", params=["hermes", "llama"])
 def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     directory: Path = families.build("llama", tmp_path_factory.mktemp("model"))
     config = json.loads((directory / "config.json").read_text())
