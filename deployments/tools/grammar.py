@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.errors import InvalidRequest
 from cluster.types import Constraint, Tool, ToolChoice
+from deployments.engine import schemas
 from deployments.tools.marks import Mark, literal
 
 _SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -98,4 +99,5 @@ def schema(tool: Tool) -> dict[str, Any]:
     """The arguments' schema as llguidance takes it: what a strict function says, to the letter; of another one as much as the
     library knows."""
     said: dict[str, Any] = json.loads(tool.parameters)
+    said = json.loads(schemas.admit(said, strict=True, param="tools")) if tool.strict else said
     return {"x-guidance": {**_SEPARATORS, "lenient": not tool.strict}, "type": "object", **said}

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from cluster import types
 from cluster.errors import InvalidRequest
+from deployments.engine import schemas
 from deployments.gateway.openai.bounded import Bounded
 
 MAX_TOOLS = 128
@@ -132,6 +133,8 @@ def check_choice(tools: Sequence[Tool], choice: Choice | None) -> None:
         if tool.function.name in names:
             raise InvalidRequest("Two tools have the same name.", param=f"tools[{index}].function.name")
         names.add(tool.function.name)
+        if tool.function.strict:
+            schemas.admit(tool.function.parameters or {}, strict=True, param=f"tools[{index}].function.parameters")
     if choice is None or choice.type in ("none", "auto"):
         return
     if not tools:

@@ -303,6 +303,10 @@ def say(**changes: Any) -> dict[str, Any]:
         ),
         ("tools[0].function.strict", {"tools": [{"type": "function", "function": {"name": "a", "strict": "yes"}}]}),
         ("tools[1].function.name", {"tools": [ADD, ADD]}),
+        (
+            "tools[1].function.parameters",
+            {"tools": [ADD, {"type": "function", "function": {"name": "a", "parameters": {"not": {}}, "strict": True}}]},
+        ),
         ("tools", {"tools": [{"type": "function", "function": {"name": f"f{n}"}} for n in range(129)]}),
         ("tool_choice", {"tool_choice": "any"}),
         ("tool_choice", {"tool_choice": {"type": "auto"}}),
