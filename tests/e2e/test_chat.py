@@ -6,9 +6,11 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from tests.e2e.platform import MODEL, RunningPlatform
@@ -54,6 +56,23 @@ def test_stop_string_ends_the_answer_before_itself(platform: RunningPlatform) ->
     cut = client.chat.completions.create(**GREEDY, stop=stop)
     assert cut.choices[0].message.content == text[: text.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
+
+
+class Verdict(pydantic.BaseModel):
+    """Short, so that a model that knows nothing of JSON comes to its end too."""
+
+    is_method: bool
+    kind: Literal["function", "class", "module"]
+    score: int = pydantic.Field(ge=0, le=9)
+
+
+def test_the_official_client_parses_an_answer_of_the_form_that_it_asked_for(platform: RunningPlatform) -> None:
+    options = GREEDY | {"max_tokens": 400, "response_format": Verdict}
+    parsed = platform.client().chat.completions.parse(**options).choices[0].message.parsed
+    assert isinstance(parsed, Verdict)
+    with platform.client().chat.completions.stream(**options) as stream:
+        stream.until_done()
+        assert stream.get_final_completion().choices[0].message.parsed == parsed
 
 
 def test_choices_differ_and_one_seed_repeats_them(platform: RunningPlatform) -> None:

@@ -283,3 +283,14 @@ def test_loading_a_tokenizer_imports_nothing_heavy(tmp_path):
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("text", ['"name": "', "{", "</tool_call>", " of", "<|im_end|>", "\n\n", "\u00e9t\u00e9"])
+def test_a_piece_of_a_text_is_cut_into_its_own_bytes(tmp_path: Path, text: str) -> None:
+    """No token for a text's beginning and no space before it; what looks like a control token is text."""
+    for kind in (texts.byte_level, texts.sentencepiece):
+        tokenizer = Tokenizer.load(kind(tmp_path / kind.__name__))
+        ids = tokenizer.encode_inside(text)
+        assert ids is not None
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+        assert not set(ids) & tokenizer.special_ids
