@@ -73,6 +73,7 @@ bench-step-profile: $(DEV)  ## where the time of a decode step goes
 
 bench-lora: $(DEV)  ## what LoRA adapters cost, by their number
 	$(BIN)/python -m bench.lora
+	$(BIN)/python -m bench.lora --model M
 
 soak: $(DEV)  ## 20,000 requests of every kind; nothing may be left of them
 	$(BIN)/python -m bench.soak

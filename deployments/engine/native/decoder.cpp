@@ -114,7 +114,7 @@ class Decoder : public AnyDecoder {
     using Value = typename E::Value;
 
   public:
-    explicit Decoder(const Model& model) : m_(model), layers_(model.layers, model.layers + model.num_layers), team_(model.threads), low_rank_(model.threads) {
+    explicit Decoder(const Model& model) : m_(model), layers_(model.layers, model.layers + model.num_layers), team_(model.threads) {
         scratch_.resize(size_t(model.threads));
     }
 
@@ -254,15 +254,10 @@ class Decoder : public AnyDecoder {
         if (!adapter_rows_.any()) return multiply<E>(matrix, x, x_stride, num_rows, panels(matrix, rank), take);
         low_rank_.down(adapter_rows_, product, x, x_stride, rank, team_.size());
         team_.barrier();
-        const Range mine = panels(matrix, rank);
-        for (int64_t first = mine.first; first < mine.last; first += LowRank<E>::BLOCK) {
-            const Range block = {first, std::min(first + LowRank<E>::BLOCK, mine.last)};
-            low_rank_.up(adapter_rows_, product, block, rank);
-            multiply<E>(matrix, x, x_stride, num_rows, block, [&](int64_t row, int64_t panel, float* sums) {
-                low_rank_.add(adapter_rows_, product, row, panel - first, rank, sums);
-                take(row, panel, sums);
-            });
-        }
+        multiply<E>(matrix, x, x_stride, num_rows, panels(matrix, rank), [&](int64_t row, int64_t panel, float* sums) {
+            low_rank_.up(adapter_rows_, product, row, panel, sums);
+            take(row, panel, sums);
+        });
     }
 
     void project(const Matrix& matrix, int64_t product, int64_t num_rows, int rank) {
