@@ -76,6 +76,7 @@ bench-step-profile: $(DEV)  ## where the time of a decode step goes
 
 bench-lora: $(DEV)  ## what LoRA adapters cost, by their number
 	$(BIN)/python -m bench.lora
+	$(BIN)/python -m bench.lora --model M
 
 bench-stages: $(DEV)  ## two pipeline stages beside two tensor parts
 	$(BIN)/python -m bench.stages

@@ -98,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.dry_run:
         command = shlex.join(["python", "-m", "bench.lora", *sys.argv[1:]])
         extra: dict[str, Any] = {"unit": "output tokens per second", "measurements": [asdict(m) for m in measured]}
-        print(write("lora", rows(measured, options.model, options.tp), shown, command=command, found=found, **extra))
+        print(
+            write(f"lora_{options.model}", rows(measured, options.model, options.tp), shown, command=command, found=found, **extra)
+        )
 
 
 def measure(name: str, work: Work, answer: Answer, counts: Sequence[int], rounds: int) -> Measurement:

@@ -45,11 +45,11 @@ ENGINE: Mapping[str, tuple[type[GaugeMetricFamily] | type[CounterMetricFamily], 
     "cached_tokens": (CounterMetricFamily, "mmaas_engine_prefix_hit_tokens", "Of these, found in the prefix cache"),
     "output_tokens": (CounterMetricFamily, "mmaas_engine_output_tokens", "Tokens sampled"),
     "drafted_tokens": (CounterMetricFamily, "mmaas_engine_draft_tokens", "Tokens guessed and verified"),
+    "accepted_tokens": (CounterMetricFamily, "mmaas_engine_draft_accepted_tokens", "Of these, right: output without a step"),
     "adapters": (GaugeMetricFamily, "mmaas_engine_adapters", "LoRA adapters that are loaded"),
     "adapter_loads": (CounterMetricFamily, "mmaas_engine_adapter_loads", "LoRA adapters loaded since the start"),
     "rows": (CounterMetricFamily, "mmaas_encoder_rows", "Inputs that an encoder has encoded"),
     "waiting_tokens": (GaugeMetricFamily, "mmaas_encoder_waiting_tokens", "Tokens of inputs that wait for an encoder"),
-    "accepted_tokens": (CounterMetricFamily, "mmaas_engine_draft_accepted_tokens", "Of these, right: output without a step"),
 }
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

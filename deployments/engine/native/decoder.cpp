@@ -117,7 +117,7 @@ class Decoder : public AnyDecoder {
     using Value = typename E::Value;
 
   public:
-    explicit Decoder(const Model& model) : m_(model), layers_(model.layers, model.layers + model.num_layers), team_(model.threads), low_rank_(model.threads) {
+    explicit Decoder(const Model& model) : m_(model), layers_(model.layers, model.layers + model.num_layers), team_(model.threads) {
         scratch_.resize(size_t(model.threads));
     }
 
@@ -315,14 +315,10 @@ class Decoder : public AnyDecoder {
         if (!change.rows.any()) return product(matrix, x, num_rows, mine, take);
         low_rank_.down(change.rows, change.product, x, matrix.inputs, rank, team_.size());
         team_.barrier();
-        for (int64_t first = mine.first; first < mine.last; first += LowRank<E>::BLOCK) {
-            const Range block = {first, std::min(first + LowRank<E>::BLOCK, mine.last)};
-            low_rank_.up(change.rows, change.product, block, rank);
-            product(matrix, x, num_rows, block, [&](int64_t row, int64_t panel, float* sums) {
-                low_rank_.add(change.rows, change.product, row, panel - first, rank, sums);
-                take(row, panel, sums);
-            });
-        }
+        product(matrix, x, num_rows, mine, [&](int64_t row, int64_t panel, float* sums) {
+            low_rank_.up(change.rows, change.product, row, panel, sums);
+            take(row, panel, sums);
+        });
     }
 
     void project(const Matrix& matrix, const Change& change, int64_t num_rows, int rank) {
