@@ -71,6 +71,9 @@ bench-flatness: $(DEV)  ## time between tokens while a long prompt enters
 bench-step-profile: $(DEV)  ## where the time of a decode step goes
 	$(BIN)/python -m bench.step_profile
 
+bench-life: $(DEV)  ## what safety costs; how quickly a model sleeps, wakes and takes other weights
+	$(BIN)/python -m bench.life
+
 soak: $(DEV)  ## 20,000 requests of every kind; nothing may be left of them
 	$(BIN)/python -m bench.soak
 

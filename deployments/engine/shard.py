@@ -78,6 +78,7 @@ class Shard:
         self.clock = StepClock()
         self.group = self._join()
         self._running: Runner | Decoder | None = self._runner()
+        give_back()
         self.clock.waits()
 
     @property
@@ -199,6 +200,7 @@ class Shard:
                 give_back()
             case Wake():
                 self._running = self._running or self._runner()
+                give_back()
             case Swap(directory):
                 self._swap(Path(directory))
 
