@@ -9,7 +9,7 @@ RUN := $(VENV)/.run-stamp
 DEV := $(VENV)/.dev-stamp
 LOCK := pyproject.toml constraints.txt
 
-.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile soak clean help
+.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-life soak clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
