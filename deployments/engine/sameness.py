@@ -17,15 +17,15 @@ _UNIMPORTANT = frozenset({"_name_or_path", "transformers_version", "dtype", "tor
 """Of config.json: says where the model is from, or what is decided otherwise."""
 
 
-def require(old: Path, new: Path, model: ModelInfo, tp: int) -> None:
+def require(old: Path, new: Path, model: ModelInfo, tp: int, pp: int = 1) -> None:
     """`model`: what `old` is served as. Raises Conflict that names what differs; ModelNotServable for what nobody could serve."""
-    if different := differences(old, new, model, tp):
+    if different := differences(old, new, model, tp, pp):
         raise Conflict(f"{new.name} can't take the place of {old.name} in a running group: {different[0]} differs")
 
 
-def differences(old: Path, new: Path, model: ModelInfo, tp: int) -> list[str]:
+def differences(old: Path, new: Path, model: ModelInfo, tp: int, pp: int = 1) -> list[str]:
     """What isn't the same, in words. Raises ModelNotServable for a directory that can't be served at all."""
-    found = inspect(new, tp=tp, dtype=model.dtype, max_model_len=model.max_model_len)
+    found = inspect(new, tp=tp, pp=pp, dtype=model.dtype, max_model_len=model.max_model_len, quantization=model.quantization)
     configs = [_config(directory) for directory in (old, new)]
     keys = sorted(configs[0].keys() | configs[1].keys())
     different = [f"{key} of config.json" for key in keys if configs[0].get(key) != configs[1].get(key)]

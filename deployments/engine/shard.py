@@ -87,6 +87,7 @@ class Shard:
         self._running: Runner | Decoder | None = self._runner()
         self.adapters = self._adapters()
         self.choose = self._choose() if spec.rendezvous.rank == 0 else None
+        give_back()
         self.clock.waits()
 
     @property
@@ -258,6 +259,7 @@ class Shard:
                 give_back()
             case Wake():
                 self._wake()
+                give_back()
             case Swap(directory):
                 self._swap(Path(directory))
 
@@ -269,7 +271,8 @@ class Shard:
     def _swap(self, directory: Path) -> None:
         """The new weights are loaded beside the old ones where memory allows on every rank, else in their place."""
         before = self.spec
-        self._all(lambda: sameness.require(before.directory, directory, before.model, before.rendezvous.size))
+        place = before.rendezvous.place
+        self._all(lambda: sameness.require(before.directory, directory, before.model, place.tp, place.pp))
         beside = available() > SWAP_ROOM * before.model.weight_bytes
         if not (self.group.all_agree(beside) if self.group else beside):
             self._close()

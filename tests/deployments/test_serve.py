@@ -130,7 +130,7 @@ def test_errors_keep_their_kind_through_ray(client: openai.OpenAI) -> None:
 
 def test_readiness_and_scopes(url: str) -> None:
     with httpx.Client(base_url=url, timeout=20) as http:
-        assert http.get("/ready").json() == {"ready": True, "models": {"echo": True}}
+        assert http.get("/ready").json() == {"ready": True, "models": {"echo": True}, "asleep": []}
         assert http.get("/v1/models").status_code == 401
         assert http.get("/metrics", headers={"authorization": f"Bearer {KeyRing.ADMIN}"}).status_code == 200
 

@@ -38,7 +38,7 @@ def texts(platform: RunningPlatform, directory: Path, num_tokens: int) -> list[s
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    return [tokenizer.convert_ids_to_tokens(token) for token in reference(directory, [PROMPT], num_tokens)[0]]
+    return [tokenizer.decode([token]) for token in reference(directory, [PROMPT], num_tokens)[0]]
 
 
 def post(platform: RunningPlatform, path: str, key: str = "admin_key") -> httpx.Response:

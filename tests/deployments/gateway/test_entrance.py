@@ -199,7 +199,7 @@ def test_records_tell_the_call_and_never_the_key(server: Server, http: httpx.Cli
 def test_ready_says_which_models_answer(server: Server) -> None:
     with server.http(key=None) as anonymous:
         up = anonymous.get("/ready")
-        assert (up.status_code, up.json()) == (200, {"ready": True, "models": {"echo": True}})
+        assert (up.status_code, up.json()) == (200, {"ready": True, "models": {"echo": True}, "asleep": []})
         server.models.healthy = False
         down = anonymous.get("/ready")
         assert (down.status_code, down.json()["ready"]) == (503, False)
