@@ -12,7 +12,7 @@ H query heads, K key/value heads, G = H / K, D head size, L = W x block size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from deployments.engine.batch import Batch
 
 NAME = "mmaas_paged"
+CPU = torch.device("cpu")
 
 
 def register() -> None:
@@ -48,6 +49,10 @@ class AttentionCall:
     scale: float
     window: int | None
     softcap: float | None
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
+"""`T x H x D` queries over a layer's pages of keys and values, in which the new ones are already, to `T x H x Dv`."""
 
 
 class KvCache:
@@ -84,11 +89,12 @@ class DecodeGroup:
     def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """`B x 1 x 1 x L`: 0 where the token may look, -inf elsewhere."""
         if window not in self.biases:
-            at = torch.arange(self.width)
+            at = torch.arange(self.width, device=self.lengths.device)
             hidden = at >= self.lengths[:, None]
             if window is not None:
                 hidden |= at < self.lengths[:, None] - window
-            self.biases[window] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+            self.biases[window] = bias[:, None, None]
         return self.biases[window]
 
 
@@ -109,11 +115,13 @@ class PromptChunk:
             if self.start == 0 and (window is None or window >= end):
                 self.biases[window] = None
             else:
-                query, key = torch.arange(self.start, end)[:, None], torch.arange(end)
+                key = torch.arange(end, device=self.table.device)
+                query = key[self.start :, None]
                 hidden = key > query
                 if window is not None:
                     hidden |= key <= query - window
-                self.biases[window] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+                bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+                self.biases[window] = bias.masked_fill_(hidden, -torch.inf)
         return self.biases[window]
 
 
@@ -125,14 +133,16 @@ class Paged:
     slots: Tensor  # T: where each new token's key and value go
     groups: list[DecodeGroup]
     chunks: list[PromptChunk]
+    kernel: Kernel | None = None  # does the work of groups and chunks, which are empty then
 
     @classmethod
-    def of(cls, batch: Batch, cache: KvCache) -> Paged:
+    def of(cls, batch: Batch, cache: KvCache, device: torch.device = CPU) -> Paged:
         size = cache.block_size
         positions = batch_positions(batch)
         rows = np.repeat(np.arange(len(batch.counts)), batch.counts)
         slots = batch.tables[rows, positions // size].astype(np.int64) * size + positions % size
-        return cls(cache, torch.from_numpy(slots), list(_groups(batch, size)), list(_chunks(batch, size)))
+        groups, chunks = list(_groups(batch, size, device)), list(_chunks(batch, size, device))
+        return cls(cache, torch.from_numpy(slots).to(device), groups, chunks)
 
 
 def batch_positions(batch: Batch) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -141,7 +151,7 @@ def batch_positions(batch: Batch) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.arange(len(batch.tokens)) - np.repeat(offsets - batch.starts, batch.counts)
 
 
-def _groups(batch: Batch, size: int) -> Iterator[DecodeGroup]:
+def _groups(batch: Batch, size: int, device: torch.device) -> Iterator[DecodeGroup]:
     """Cut the decoders, which stand in order of length, wherever padding would exceed the group's shortest sequence."""
     num = int(np.argmax(batch.counts > 1)) if (batch.counts > 1).any() else len(batch.counts)
     widths = batch.starts[:num] // size + 1
@@ -151,16 +161,17 @@ def _groups(batch: Batch, size: int) -> Iterator[DecodeGroup]:
         width = int(widths[last - 1])
         table = torch.from_numpy(batch.tables[first:last, :width].astype(np.int64).ravel())
         lengths = torch.from_numpy(batch.starts[first:last].astype(np.int64) + 1)
-        yield DecodeGroup(first, lengths, table, width * size)
+        yield DecodeGroup(first, lengths.to(device), table.to(device), width * size)
         first = last
 
 
-def _chunks(batch: Batch, size: int) -> Iterator[PromptChunk]:
+def _chunks(batch: Batch, size: int, device: torch.device) -> Iterator[PromptChunk]:
     first = 0
     for row, (start, count) in enumerate(zip(batch.starts.tolist(), batch.counts.tolist(), strict=True)):
         if count > 1:
             blocks = -(-(start + count) // size)
-            yield PromptChunk(first, start, count, torch.from_numpy(batch.tables[row, :blocks].astype(np.int64)))
+            table = torch.from_numpy(batch.tables[row, :blocks].astype(np.int64))
+            yield PromptChunk(first, start, count, table.to(device))
         first += count
 
 
@@ -189,6 +200,8 @@ def paged_attention(
     if module.layer_idx not in paged.cache.calls:
         call = AttentionCall(queries.shape[1], kv_heads, queries.shape[2], scale, sliding_window, softcap)
         paged.cache.calls[module.layer_idx] = call  # type: ignore[index]
+    if paged.kernel:
+        return paged.kernel(queries, keys, values, paged.cache.calls[module.layer_idx])[None], None  # type: ignore[index]
     for group in paged.groups:
         rows = slice(group.first, group.first + len(group.lengths))
         q = queries[rows].reshape(len(group.lengths), kv_heads, -1, queries.shape[2])  # B x K x G x D
@@ -221,5 +234,5 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, 
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = torch.tanh(q @ k.transpose(2, 3) * (scale / softcap)) * softcap
     if bias is None:
-        bias = torch.full(scores.shape[2:], -torch.inf, dtype=scores.dtype).triu_(1)
+        bias = torch.full(scores.shape[2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
     return torch.softmax((scores + bias).float(), -1).to(v.dtype) @ v
