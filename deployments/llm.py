@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import ray
 from ray import serve
 
 from cluster import ingress, raynode
@@ -28,6 +29,7 @@ from cluster.types import Chunk, Delta, Deployment, Generate, Usage
 from deployments.answer import Answer
 from deployments.engine.checkpoint import inspect
 from deployments.engine.defaults import sampling_defaults
+from deployments.engine.device import bundle, reserved
 from deployments.engine.engine import Request
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import ShardSpec, num_blocks
@@ -56,18 +58,19 @@ class LLM:
         self._model = inspect(path, tp=deployment.tp, dtype=deployment.dtype, max_model_len=deployment.max_model_len)
         self._tokenizer = await asyncio.to_thread(Tokenizer.load, path)
         self._defaults = sampling_defaults(path)
-        blocks = num_blocks(self._model, engine)
-        self._room = min(self._model.max_model_len, blocks * engine.block_size)
         spec = ShardSpec(
             directory=path,
             model=self._model,
-            num_blocks=blocks,
+            num_blocks=num_blocks(self._model, engine),
             threads=engine.threads or max(1, (os.cpu_count() or 1) // deployment.tp),
             settings=engine,
             rendezvous=Rendezvous("", 0, deployment.tp, engine.start_deadline_s),
+            gpu=0 if engine.device == "cuda" else None,  # Ray shows a shard no GPU but its own
         )
         self._group = ShardGroup(spec, raynode.ranks_directory(settings), log_level=self._settings.log_level)
         await self._group.start()
+        blocks = self._group.engine.stats.blocks_total  # on a GPU, as many as fit
+        self._room = min(self._model.max_model_len, blocks * engine.block_size)
         log.info("shard group ready", extra={"model": deployment.name, "ranks": deployment.tp, "pids": self._group.pids})
 
     async def generate(self, call: Generate) -> AsyncIterator[Chunk]:
@@ -173,8 +176,9 @@ def is_long(call: Generate) -> bool:
 
 
 def build(deployment: Deployment, directory: str, digest: str, cache_secret: bytes, settings: Settings) -> serve.Application:
-    """The Serve application of one model. Replicas need `tp` bundles of `engine.cpus_per_shard` CPUs each."""
-    engine = settings.engine
+    """The Serve application of one model. Replicas need `tp` bundles of what `engine.cpus_per_shard` and `gpus_per_shard` say."""
+    engine = reserved(settings.engine, deployment.tp, ray.cluster_resources().get("GPU", 0.0))
+    settings = settings.model_copy(update={"engine": engine})
     capacity = engine.max_sequences + engine.max_queued
     scaling: dict[str, Any] = {"num_replicas": deployment.min_replicas}
     if deployment.max_replicas > deployment.min_replicas:
@@ -188,7 +192,7 @@ def build(deployment: Deployment, directory: str, digest: str, cache_secret: byt
     options = serve.deployment(
         name="LLM",
         ray_actor_options={"num_cpus": 0},
-        placement_group_bundles=[{"CPU": engine.cpus_per_shard}] * deployment.tp,
+        placement_group_bundles=[bundle(engine)] * deployment.tp,
         placement_group_strategy="PACK",
         max_ongoing_requests=capacity + 16,  # the replica itself says no, in its own words, before Serve does
         max_queued_requests=capacity,

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import ModelNotServable, PlatformError, Unavailable
 from cluster.private_files import private_directory
+from deployments.engine.device import bundle
 from deployments.engine.progress import Loaded, Progress
 from deployments.engine.remote import RemoteEngine
 from deployments.engine.rendezvous import Rendezvous
@@ -131,9 +132,10 @@ class ShardGroup:
         return f"tcp://{places[0][1]}:{await self._actors[0].free_port.remote()}"
 
     def _actor(self, rank: int, log_level: str) -> Any:
-        settings, threads = self.spec.settings, str(self.spec.threads)
+        needs, threads = bundle(self.spec.settings), str(self.spec.threads)
         options = ray.remote(ShardActor).options(
-            num_cpus=settings.cpus_per_shard,
+            num_cpus=needs["CPU"],
+            num_gpus=needs.get("GPU", 0),
             max_restarts=0,
             max_concurrency=2,  # `where` and `loading` answer while `load` or `follow` runs
             scheduling_strategy=PlacementGroupSchedulingStrategy(get_current_placement_group(), rank),

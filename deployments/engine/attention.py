@@ -71,6 +71,14 @@ class KvCache:
             self._layers[index] = tuple(x.new_zeros(slots, x.shape[1], x.shape[3]) for x in (key, value))  # type: ignore[assignment]
         return self._layers[index]
 
+    def resize(self, num_blocks: int) -> None:
+        """So many empty blocks; layers that have pages get new ones at once, in the place of the old."""
+        old, self._layers, self.num_blocks = self._layers, {}, num_blocks
+        for index in sorted(old):
+            shapes = [(x.dtype, x.device, x.shape[1:]) for x in old.pop(index)]
+            slots = num_blocks * self.block_size
+            self._layers[index] = tuple(torch.zeros(slots, *shape, dtype=dtype, device=to) for dtype, to, shape in shapes)  # type: ignore[assignment]
+
     @property
     def num_bytes(self) -> int:
         return sum(x.nbytes for pair in self._layers.values() for x in pair)

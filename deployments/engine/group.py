@@ -17,7 +17,7 @@ from deployments.engine.batch import Ints
 from deployments.engine.native.meeting import Meeting
 from deployments.engine.orders import Order, pack, unpack
 from deployments.engine.rendezvous import Rendezvous
-from deployments.engine.wire import Wire, all_agree, join
+from deployments.engine.wire import Wire, all_agree, join, smallest
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +33,11 @@ class Group:
 
     wire: ClassVar[Wire | None] = None
 
-    def __init__(self, rendezvous: Rendezvous, *, native: Path | None) -> None:
-        """`native` is where compiled parts are kept or built, for shared memory; None: gloo."""
+    def __init__(self, rendezvous: Rendezvous, *, native: Path | None, device: str = "cpu") -> None:
+        """`native` is where compiled parts are kept or built, for shared memory; None: gloo. `device`: see `wire.join`."""
         self.rank, self.size = rendezvous.rank, rendezvous.size
         self._buffer = torch.zeros(HEAD, dtype=torch.int32)
-        self._wire = Group.wire = Group.wire or join(rendezvous, native)
+        self._wire = Group.wire = Group.wire or join(rendezvous, native, device)
 
     @property
     def meeting(self) -> Meeting | None:
@@ -73,6 +73,10 @@ class Group:
     def all_agree(self, mine: bool) -> bool:
         """Whether every rank says yes."""
         return all_agree(mine)
+
+    def smallest(self, mine: int) -> int:
+        """Of all ranks' numbers."""
+        return smallest(mine)
 
     def all_reduce(self, numbers: Tensor) -> None:
         """Sum over all ranks, in place."""

@@ -17,6 +17,7 @@ from torch import nn
 from cluster.errors import ModelNotServable
 from cluster.settings import EngineSettings
 from deployments.engine import skeleton
+from deployments.engine.attention import CPU
 from deployments.engine.copies import Copies, Copy
 from deployments.engine.cuts import Cut, CutUnknown, learn
 from deployments.engine.group import Group
@@ -28,21 +29,24 @@ from deployments.engine.weights import Weights, find_weights, fingerprint
 log = logging.getLogger(__name__)
 
 
-def load(directory: Path, dtype: str, group: Group | None, settings: EngineSettings, progress: Progress) -> nn.Module:
-    """This rank's module with real tensors. The directory has passed `checkpoint.inspect`; `group` None: one rank holds all.
+def load(
+    directory: Path, dtype: str, group: Group | None, settings: EngineSettings, progress: Progress, device: torch.device = CPU
+) -> nn.Module:
+    """This rank's module with real tensors. The directory has passed `checkpoint.inspect`; `group` None: one rank holds all. On a
+    GPU a tensor goes there as soon as its part is read: the host holds a few at a time, in pinned memory.
 
     Raises ModelNotServable when weights are missing or have other shapes, or DeepSpeed can't cut the model.
     """
     weights = find_weights(directory)
-    empty, parts = _planned(directory, DTYPES[dtype], group, weights, progress)
+    empty, parts = _planned(directory, DTYPES[dtype], group, weights, progress, pinned=device.type == "cuda")
     if empty is None:
-        return _whole(directory, dtype, group, weights, progress)
+        return _whole(directory, dtype, group, weights, progress).to(device)
     copy = _copy(directory, dtype, group, settings, weights, empty)
     if copy and (kept := copy.read(empty.shapes(), progress)) is not None:
-        skeleton.fill(empty.model, kept, empty.dtype, empty.apart, renamed=True)
+        skeleton.fill(empty.model, kept, empty.dtype, empty.apart, device, renamed=True)
         return empty.model
     progress.begin("model", sum(part.num_bytes for part in parts.values()))
-    skeleton.fill(empty.model, parts, empty.dtype, empty.apart)
+    skeleton.fill(empty.model, parts, empty.dtype, empty.apart, device)
     progress.end()
     if copy:
         copy.write({name: tensor for name, tensor in empty.model.state_dict().items() if name in empty.shapes()})
@@ -75,9 +79,9 @@ class _Empty:
         skeleton.untie(model, parted)
         return cls(model, dtype, cuts, apart, parted | {other: one for one, other in parted.items()})
 
-    def parts(self, weights: Weights, progress: Progress) -> dict[str, Part]:
+    def parts(self, weights: Weights, progress: Progress, *, pinned: bool) -> dict[str, Part]:
         """What to read, by the stored tensor's name; by the parameter's own where that was tied to the stored one."""
-        files, state = MappedFiles(weights.tensors, weights.files), self.model.state_dict()
+        files, state = MappedFiles(weights.tensors, weights.files, pinned=pinned), self.model.state_dict()
         goes_to = skeleton.destinations(self.model, weights.tensors)
         plain = {target: name for name, (target, computed) in goes_to.items() if target in state and not computed}
         tied = {target: plain[other] for target, other in self.alike.items() if target not in plain and other in plain}
@@ -101,12 +105,12 @@ class _Empty:
 
 
 def _planned(
-    directory: Path, dtype: torch.dtype, group: Group | None, weights: Weights, progress: Progress
+    directory: Path, dtype: torch.dtype, group: Group | None, weights: Weights, progress: Progress, *, pinned: bool
 ) -> tuple[_Empty | None, dict[str, Part]]:
     """The empty model and what to read; None where any rank can't know: all must go the same way."""
     try:
         empty: _Empty | None = _Empty.of(directory, dtype, group)
-        parts = empty.parts(weights, progress) if empty else {}
+        parts = empty.parts(weights, progress, pinned=pinned) if empty else {}
     except CutUnknown as error:
         log.warning("every rank reads the whole model: its cut can't be known before", extra={"reason": str(error)})
         empty, parts = None, {}

@@ -15,6 +15,7 @@ from types import TracebackType
 from cluster.settings import EngineSettings
 from cluster.types import FinishReason, Sampling
 from deployments.engine.checkpoint import inspect
+from deployments.engine.device import reserved, visible_gpus
 from deployments.engine.engine import Engine, Output, Request
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import Shard, ShardSpec, num_blocks
@@ -48,6 +49,7 @@ class LocalEngine:
     ) -> None:
         settings = settings or EngineSettings()
         info = inspect(Path(directory), tp=tp, dtype=dtype)
+        settings = reserved(settings, tp, visible_gpus() * settings.gpus_per_shard)
         self._meeting: tempfile.TemporaryDirectory[str] | None = tempfile.TemporaryDirectory(prefix="mmaas-")
         spec = ShardSpec(
             directory=Path(directory),
@@ -55,6 +57,8 @@ class LocalEngine:
             num_blocks=blocks or num_blocks(info, settings),
             threads=settings.threads or max(1, (os.cpu_count() or 1) // tp),
             settings=settings,
+            gpu=0 if settings.device == "cuda" else None,
+            exactly=blocks is not None,
             rendezvous=Rendezvous(f"file://{self._meeting.name}/{Path(self._meeting.name).name}", 0, tp, settings.start_deadline_s),
         )
         spawn = multiprocessing.get_context("spawn")
@@ -73,7 +77,7 @@ class LocalEngine:
 
     def _lead(self, spec: ShardSpec) -> None:
         self.shard = Shard(spec)
-        self.engine = Engine.of(self.shard.execute, spec.num_blocks, spec.settings)
+        self.engine = Engine.of(self.shard.execute, self.shard.spec.num_blocks, self.shard.spec.settings)
         self.info = spec.model
 
     def generate(

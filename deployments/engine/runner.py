@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cluster.errors import ModelNotServable
 from deployments.engine import attention
-from deployments.engine.attention import KvCache, Paged, batch_positions
+from deployments.engine.attention import CPU, KvCache, Paged, batch_positions
 from deployments.engine.batch import Batch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,21 +48,32 @@ def load_model(directory: Path, dtype: str) -> nn.Module:
 class Runner:
     """Owns the model and its KV cache."""
 
-    def __init__(self, model: nn.Module, cache: KvCache) -> None:
+    def __init__(self, model: nn.Module, cache: KvCache, device: torch.device = CPU) -> None:
         self.model = model
         self.cache = cache
+        self.device = device
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """`R x V` logits, one row for each of `batch.sampled`."""
         output = self.model(
-            input_ids=torch.from_numpy(batch.tokens.astype(np.int64))[None],
-            position_ids=torch.from_numpy(batch_positions(batch))[None],
+            input_ids=torch.from_numpy(batch.tokens.astype(np.int64))[None].to(self.device),
+            position_ids=torch.from_numpy(batch_positions(batch))[None].to(self.device),
             use_cache=False,
-            logits_to_keep=torch.from_numpy(batch.rows),
-            paged=Paged.of(batch, self.cache),
+            logits_to_keep=torch.from_numpy(batch.rows).to(self.device),
+            paged=Paged.of(batch, self.cache, self.device),
         )
         return output.logits[0]  # type: ignore[no-any-return]
+
+    def rehearse(self, tokens: int, rows: int) -> None:
+        """The largest step there will be, on one block: what it takes beside weights and cache shows in the allocator's peak."""
+        table = np.zeros((1, -(-tokens // self.cache.block_size)), np.int32)
+        counts, sampled = np.array([tokens], np.int32), np.zeros(min(rows, tokens), np.int32)
+        self.run(Batch(np.ones(tokens, np.int32), np.zeros(1, np.int32), counts, sampled, table))
+
+    def resize(self, num_blocks: int) -> None:
+        """Another cache, of so many blocks; what was in the old one is lost."""
+        self.cache.resize(num_blocks)
 
     def check(self) -> None:
         """Prove that this model can be paged: two sequences that grow in one batch must get the logits that one has alone.

@@ -29,9 +29,26 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@torch.inference_mode()
 def sample(logits: Tensor, sequences: Items[Sequence]) -> list[Sampled]:
-    """`R x V` logits, one row for each sequence. May change `logits`. A plain greedy step is one argmax."""
+    """`R x V` logits on any device, one row for each sequence. May change `logits`. A plain greedy step is one argmax."""
+    return sample_here(logits, sequences) if logits.device.type == "cpu" else sample_there(logits, sequences)
+
+
+@torch.inference_mode()
+def sample_there(logits: Tensor, sequences: Items[Sequence]) -> list[Sampled]:
+    """Plain greedy rows on the device that has the logits, so that only their tokens come from it; the others come whole."""
+    found = [Sampled(token) for token in logits.argmax(-1).tolist()]
+    rows = [row for row, sequence in enumerate(sequences) if not _is_plain(sequence)]
+    if rows:
+        wanted = logits[torch.tensor(rows, device=logits.device)].cpu()
+        for row, sampled in zip(rows, sample_here(wanted, [sequences[row] for row in rows]), strict=True):
+            found[row] = sampled
+    return found
+
+
+@torch.inference_mode()
+def sample_here(logits: Tensor, sequences: Items[Sequence]) -> list[Sampled]:
+    """The same on the CPU."""
     reports = {row: s.sampling.logprobs for row, s in enumerate(sequences) if s.sampling.logprobs is not None}
     raw = logits[list(reports)].float() if reports else logits
     for row, sequence in enumerate(sequences):
@@ -106,6 +123,13 @@ def gumbel(seed: int, position: int, size: int) -> Tensor:
 def _is_adjusted(sampling: Sampling) -> bool:
     plain = sampling.repetition_penalty == 1.0 and not sampling.frequency_penalty and not sampling.presence_penalty
     return not plain or bool(sampling.logit_bias)
+
+
+def _is_plain(sequence: Sequence) -> bool:
+    """Whether the largest of the model's own logits is the answer, and all of it."""
+    sampling = sequence.sampling
+    asks = sampling.temperature > 0 or sampling.logprobs is not None or sampling.constraint is not None
+    return not (asks or _is_adjusted(sampling) or _bans_stop(sequence))
 
 
 def _bans_stop(sequence: Sequence) -> bool:

@@ -15,6 +15,7 @@ from cluster.errors import ModelNotServable, PlatformError
 from cluster.settings import EngineSettings
 from deployments.engine.batch import Batch
 from deployments.engine.checkpoint import ModelInfo
+from deployments.engine.device import choose, visible_gpus
 from deployments.engine.orders import Look, Order
 from deployments.engine.progress import Progress
 from deployments.engine.rendezvous import Rendezvous
@@ -22,6 +23,8 @@ from deployments.engine.rendezvous import Rendezvous
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deployments.engine.fastgen import FastGen
+    from deployments.engine.gpu.static import StaticDecode
     from deployments.engine.group import Group
     from deployments.engine.native.decoder import Decoder
     from deployments.engine.native.proof import Ranks
@@ -40,12 +43,15 @@ class ShardSpec:
     threads: int
     settings: EngineSettings
     rendezvous: Rendezvous
+    gpu: int | None = None  # the rank's own, among those that its process sees
+    exactly: bool = False  # `num_blocks` is wanted so, and not to be changed to what a GPU's memory holds
 
     def at(self, rendezvous: Rendezvous) -> ShardSpec:
         return replace(self, rendezvous=rendezvous)
 
     def for_rank(self, rank: int) -> ShardSpec:
-        return self.at(replace(self.rendezvous, rank=rank))
+        """One process of several on a machine whose GPUs they all see."""
+        return replace(self.at(replace(self.rendezvous, rank=rank)), gpu=None if self.gpu is None else rank)
 
 
 def num_blocks(model: ModelInfo, settings: EngineSettings) -> int:
@@ -67,6 +73,7 @@ class Shard:
 
         torch.set_num_threads(spec.threads)
         self.spec = spec
+        self.device = torch.device(choose(spec.settings.device, spec.gpu, visible_gpus))
         self.progress = progress or Progress()
         self.group = self._join()
         self.runner = self._runner()
@@ -77,10 +84,17 @@ class Shard:
         from deployments.engine.group import Group
 
         settings = self.spec.settings
-        return Group(self.spec.rendezvous, native=settings.cache if settings.shared_memory else None)
+        native = settings.cache if settings.shared_memory else None
+        return Group(self.spec.rendezvous, native=native, device=str(self.device))
 
-    def _runner(self) -> Runner | Decoder:
-        """Through the compiled decoder where that can be, else through torch."""
+    def _runner(self) -> Runner | Decoder | StaticDecode | FastGen:
+        """On a GPU through our kernel or FastGen; else through the compiled decoder where that can be, else through torch."""
+        if self.spec.settings.runner == "fastgen":
+            return self._fastgen()
+        if self.device.type == "cuda":
+            return self._on_gpu()
+        if self.spec.settings.runner == "torch":
+            return self._checked()
         from deployments.engine.native.build import NativeUnavailable
         from deployments.engine.native.proof import Disproved, decoder_of
 
@@ -101,6 +115,23 @@ class Shard:
                 raise ModelNotServable(f"{self.spec.directory.name}: engine.native=true, but {error}") from error
             log.info("runs through torch", extra={"reason": str(error)})
             return self._checked() if isinstance(error, Disproved) else runner
+
+    def _fastgen(self) -> FastGen:
+        from deployments.engine.fastgen import FastGen
+
+        runner = FastGen.load(self.spec, self.device)
+        self.spec = runner.spec
+        return runner
+
+    def _on_gpu(self) -> Runner | StaticDecode:
+        from deployments.engine.gpu.build import gpu_runner
+        from deployments.engine.load import load
+
+        spec = self.spec
+        model = load(spec.directory, spec.model.dtype, self.group, spec.settings, self.progress, self.device)
+        runner, num_blocks = gpu_runner(model, spec, self.device, self.group)
+        self.spec = replace(spec, num_blocks=num_blocks)
+        return runner
 
     def _ranks(self) -> Ranks:
         from deployments.engine.native.proof import Ranks

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -69,9 +68,9 @@ class Packed:
 
     def step(self, fixed: Tensor, tables: Tensor) -> Step:
         """Views of `fixed`, and tables that may be wider than these."""
-        parts = [fixed[a:b] for a, b in pairwise(accumulate(self.lengths[:-1], initial=0))]
-        programs = parts.pop().view(-1, 2)
-        return Step(*parts, programs, tables, self.launches, self.block_size)
+        tokens, positions, slots, rows, firsts, starts, counts, programs = fixed.split(self.lengths[:-1])  # type: ignore[no-untyped-call]
+        programs = programs.view(-1, 2)
+        return Step(tokens, positions, slots, rows, firsts, starts, counts, programs, tables, self.launches, self.block_size)
 
 
 def pack(batch: Batch, block_size: int, group: int, processors: int, kv_heads: int) -> Packed:

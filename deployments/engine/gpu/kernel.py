@@ -40,9 +40,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, call: AttentionCall, s
     return output
 
 
-def _launch(
-    queries: Tensor, keys: Tensor, values: Tensor, output: Tensor, call: AttentionCall, step: Step, launch: Launch
-) -> None:
+def _launch(queries: Tensor, keys: Tensor, values: Tensor, output: Tensor, call: AttentionCall, step: Step, launch: Launch) -> None:
     tokens, heads, width = output.shape
     group = heads // call.kv_heads
     block_d = max(16, triton.next_power_of_2(max(queries.shape[2], width)))

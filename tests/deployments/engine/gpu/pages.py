@@ -16,7 +16,7 @@ BLOCK = 8
 
 
 def batch(work: list[tuple[int, int]], *, seed: int = 0, vocabulary: int = 64, spare: int = 0) -> tuple[Batch, int]:
-    """For each `(start, count)` a sequence, decoders first, the shorter the sooner, on shuffled blocks; also how many blocks there are."""
+    """A sequence for each `(start, count)`, decoders first, the shorter the sooner, on shuffled blocks; also how many of these."""
     random = np.random.default_rng(seed)
     needs = [-(-(start + count) // BLOCK) for start, count in work]
     blocks = random.permutation(sum(needs) + spare).astype(np.int32)
