@@ -9,7 +9,7 @@ RUN := $(VENV)/.run-stamp
 DEV := $(VENV)/.dev-stamp
 LOCK := pyproject.toml constraints.txt
 
-.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile soak clean help
+.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-gpu soak clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -70,6 +70,9 @@ bench-flatness: $(DEV)  ## time between tokens while a long prompt enters
 
 bench-step-profile: $(DEV)  ## where the time of a decode step goes
 	$(BIN)/python -m bench.step_profile
+
+bench-gpu: $(DEV)  ## one GPU's tokens a second beside its own limits
+	$(BIN)/python -m bench.gpu
 
 soak: $(DEV)  ## 20,000 requests of every kind; nothing may be left of them
 	$(BIN)/python -m bench.soak

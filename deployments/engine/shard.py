@@ -124,10 +124,13 @@ class Shard:
         return runner
 
     def _on_gpu(self) -> Runner | StaticDecode:
+        import torch
+
         from deployments.engine.gpu.build import gpu_runner
         from deployments.engine.load import load
 
         spec = self.spec
+        torch.cuda.set_device(self.device)  # kernels are launched on the current one
         model = load(spec.directory, spec.model.dtype, self.group, spec.settings, self.progress, self.device)
         runner, num_blocks = gpu_runner(model, spec, self.device, self.group)
         self.spec = replace(spec, num_blocks=num_blocks)

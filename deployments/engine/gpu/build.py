@@ -30,7 +30,7 @@ def gpu_runner(model: nn.Module, spec: ShardSpec, device: torch.device, group: G
     """Also the number of blocks, the same on every rank. Raises ModelNotServable for a model that a kernel gets wrong, or that
     leaves no room for its cache."""
     settings, info = spec.settings, spec.model
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is asked for to be exact
+    torch.set_float32_matmul_precision("highest")  # who asks for float32 wants it exact
     cache = KvCache(PROBED, settings.block_size)
     if settings.runner == "torch":
         runner = Runner(model, cache, device)
