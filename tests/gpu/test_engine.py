@@ -113,7 +113,7 @@ def test_bfloat16_is_no_further_from_float32_than_transformers_is(models: Any, f
     prompt = prompts()[-1]
 
     def theirs(dtype: torch.dtype) -> torch.Tensor:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to("cuda").eval()
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").to("cuda").eval()
         with torch.inference_mode():
             return model(torch.tensor([prompt], device="cuda")).logits[0, -1].float()
 
