@@ -77,8 +77,8 @@ def build_tokenizer() -> Any:
 
 
 def reference(directory: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """What `transformers.generate` answers greedily in float32, one prompt at a time. Eager: not every version's default has Gemma's
-    soft caps."""
+    """What `transformers.generate` answers greedily in float32, one prompt at a time. Eager: other ways leave out Gemma's soft caps
+    in some versions."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()

@@ -20,9 +20,10 @@ from deployments.engine.engine import Engine, Request
 from deployments.engine.gpu import build
 from deployments.engine.gpu.runner import DeviceRunner
 from deployments.engine.gpu.static import StaticDecode, uncaptured
+from deployments.engine.progress import Progress
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.runner import Runner, load_model
-from deployments.engine.shard import ShardSpec
+from deployments.engine.shard import Shard, ShardSpec
 from tests.deployments.engine.families import build as write_model
 from tests.deployments.engine.families import reference
 from tests.deployments.engine.gpu import readable
@@ -75,6 +76,18 @@ def test_what_steps_leave_of_the_share_becomes_cache(directory: Path, settings: 
     assert num_blocks == (70 - 50 - 2 * steps) * MIB // BLOCK_BYTES
     spare = kind is not Runner
     assert (runner.runner if kind is StaticDecode else runner).cache.num_bytes == (num_blocks + spare) * BLOCK_BYTES
+
+
+def test_a_shard_takes_its_blocks_from_what_was_planned(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    shard: Shard = object.__new__(Shard)
+    settings = EngineSettings(block_size=8, max_sequences=2, max_batch_tokens=64, cut_weights_bytes=0)
+    shard.spec = ShardSpec(directory, inspect(directory, tp=1, dtype="float32"), 1, 1, settings, Rendezvous("", 0, 1, 60))
+    shard.device, shard.group, shard.progress = CPU, None, Progress()
+    runner = shard._on_gpu()
+    assert shard.spec.num_blocks == 2 * 256 // 8
+    assert shard.progress.now().source == "model"
+    runner.close()
 
 
 def test_what_is_built_answers(directory: Path) -> None:
