@@ -9,7 +9,7 @@ RUN := $(VENV)/.run-stamp
 DEV := $(VENV)/.dev-stamp
 LOCK := pyproject.toml constraints.txt
 
-.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak bench-structured bench-stages bench-quantization bench-tools bench-embeddings bench-life clean help
+.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak bench-structured bench-stages bench-quantization bench-tools bench-embeddings bench-life bench-gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -92,6 +92,9 @@ bench-embeddings: $(DEV)  ## rows per second of embeddings beside sentence-trans
 
 bench-life: $(DEV)  ## what safety costs; how quickly a model sleeps, wakes and takes other weights
 	$(BIN)/python -m bench.life
+
+bench-gpu: $(DEV)  ## one GPU's tokens a second beside its own limits
+	$(BIN)/python -m bench.gpu
 
 soak: $(DEV)  ## 20,000 requests of every kind; nothing may be left of them
 	$(BIN)/python -m bench.soak

@@ -106,6 +106,18 @@ class EngineSettings(_Section):
     native: bool | None = None
     """Run the model through our compiled decoder. None: where the model, the machine and a proof at load allow it, else through
     torch; true: refuse a model that it can't run; false: never."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where shards compute. auto: on GPUs where there are enough for all shards of a model, else on CPUs; cuda: on GPUs alone."""
+    gpus_per_shard: float = Field(default=1.0, gt=0, le=1)
+    """GPUs that one shard reserves in Ray when it computes on one: below one, small models share it (lower `gpu_memory` then)."""
+    gpu_memory: float = Field(default=0.9, gt=0, lt=1)
+    """Share of a GPU's memory that may be filled; on GPUs all that weights and the largest step leave of it becomes KV cache,
+    and `kv_cache_bytes` counts for nothing."""
+    cuda_graphs: bool | None = None
+    """Record decode steps as CUDA graphs. None: where the model allows it; true: refuse a model that doesn't; false: never."""
+    runner: Literal["auto", "torch", "fastgen"] = "auto"
+    """What runs a model. auto: our decoder on CPUs, our attention kernel and CUDA graphs on GPUs; torch: the readable form, on
+    either; fastgen: DeepSpeed inference v2, on a GPU, for the few families that it knows, without prefix cache and guesses."""
     cache: Path = Field(default=Path("~/.cache/mmaas"), validate_default=True)
     """Where a node keeps what can be made again: compiled kernels and weights that are cut already. Mode 0700."""
     speculation: int = Field(default=8, ge=0, le=64)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import ray
 from ray import serve
 from ray.util import get_current_placement_group
 
@@ -32,6 +33,7 @@ from deployments.admission import Admission
 from deployments.answer import Answer
 from deployments.engine.checkpoint import ModelInfo, inspect
 from deployments.engine.defaults import sampling_defaults
+from deployments.engine.device import bundle, reserved
 from deployments.engine.engine import Request
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard import ShardSpec, num_blocks
@@ -78,16 +80,15 @@ class LLM:
         self._tools = find_format(self._tokenizer, engine.tool_formats.get(deployment.name))
         self._defaults = sampling_defaults(path)
         self._admission = Admission(path)
-        blocks = num_blocks(self._model, engine)
-        self._room = min(self._model.max_model_len, blocks * engine.block_size)
         ranks = deployment.tp * deployment.pp
         spec = ShardSpec(
             directory=path,
             model=self._model,
-            num_blocks=blocks,
+            num_blocks=num_blocks(self._model, engine),
             threads=engine.threads or max(1, (os.cpu_count() or 1) // ranks),
             settings=engine,
             rendezvous=Rendezvous("", 0, ranks, engine.start_deadline_s, deployment.pp),
+            gpu=0 if engine.device == "cuda" else None,  # Ray shows a shard no GPU but its own
         )
         placement, folder = get_current_placement_group(), raynode.ranks_directory(settings)
         find = finder(settings.home / "library", path, deployment.dtype)
@@ -99,6 +100,8 @@ class LLM:
 
         self._life = Life(make, path, engine, self._leave_soon)
         await self._life.start()
+        blocks = self._life.engine.stats.blocks_total  # on a GPU, as many as fit
+        self._room = min(self._model.max_model_len, blocks * engine.block_size)
         log.info("shard group ready", extra={"model": deployment.name, "ranks": ranks, "pids": self._life.group.pids})
 
     async def generate(self, call: Generate) -> AsyncIterator[Chunk]:
@@ -286,7 +289,7 @@ def bundles(deployment: Deployment, model: ModelInfo, engine: EngineSettings) ->
     nodes when one has not the cores, or not the memory for weights, keys and values. Without stages there is a bundle for each
     shard, so a layer may be torn over nodes, if it must."""
     if deployment.pp == 1:
-        return [{"CPU": engine.cpus_per_shard}] * deployment.tp
+        return [bundle(engine)] * deployment.tp
     cached = num_blocks(model, engine) * engine.block_size * model.kv_bytes_per_token
     memory = float((model.weight_bytes + cached) // deployment.pp)
     return [{"CPU": engine.cpus_per_shard * deployment.tp, "memory": memory}] * deployment.pp
@@ -295,7 +298,8 @@ def bundles(deployment: Deployment, model: ModelInfo, engine: EngineSettings) ->
 def build(deployment: Deployment, edition: Edition, cache_secret: bytes, settings: Settings) -> serve.Application:
     """The Serve application of one model. Replicas need the bundles that `bundles` says. Deploying another edition of the same
     `version` restarts none of them: Serve calls `reconfigure`."""
-    engine = settings.engine
+    engine = reserved(settings.engine, deployment.tp * deployment.pp, ray.cluster_resources().get("GPU", 0.0))
+    settings = settings.model_copy(update={"engine": engine})
     model = inspected(deployment, edition.directory)
     capacity = engine.max_sequences + engine.max_queued
     scaling: dict[str, Any] = {"num_replicas": deployment.min_replicas}

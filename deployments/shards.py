@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from cluster.errors import ModelNotServable, PlatformError, Unavailable
 from cluster.private_files import private_directory
+from deployments.engine.device import bundle
 from deployments.engine.progress import Loaded, Progress
 from deployments.engine.remote import RemoteEngine
 from deployments.engine.rendezvous import Rendezvous
@@ -167,13 +168,14 @@ class ShardGroup:
         return replace(spec, threads=max(1, spot.cpus // self.nodes.count(spot.node)))
 
     def _actor(self, rank: int, log_level: str) -> Any:
-        settings, threads, place = self.spec.settings, str(self.spec.threads), replace(self.spec.rendezvous, rank=rank).place
-        bundle = rank // place.tp if place.pp > 1 else rank
+        needs, threads, place = bundle(self.spec.settings), str(self.spec.threads), replace(self.spec.rendezvous, rank=rank).place
+        number = rank // place.tp if place.pp > 1 else rank
         options = ray.remote(ShardActor).options(
-            num_cpus=settings.cpus_per_shard,
+            num_cpus=needs["CPU"],
+            num_gpus=needs.get("GPU", 0),
             max_restarts=0,
             max_concurrency=2,  # `where` and `loading` answer while `load` or `follow` runs
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, bundle),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, number),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}},
         )
         return options.remote(log_level)

@@ -50,6 +50,18 @@ class AdapterHost(Protocol):
         ...
 
 
+class WithoutAdapters:
+    """A host that runs none."""
+
+    ticks = 0.0  # it doesn't count within a step
+
+    def pack_adapter(self, part: AdapterPart) -> Any:
+        raise ModelNotServable("adapters are computed by CPUs only so far; set engine.device=cpu", param="model")
+
+    def put_adapter(self, slot: int, packed: Any) -> None:
+        assert packed is None, "nothing was packed"
+
+
 class Adapters:
     """Reads adapters for one rank and keeps them in its host's slots. All but the reading happens between steps."""
 

@@ -12,7 +12,7 @@ H query heads, K key/value heads, G = H / K, D head size, L = W x block size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from deployments.engine.batch import Batch
 
 NAME = "mmaas_paged"
+CPU = torch.device("cpu")
 
 
 def register() -> None:
@@ -50,6 +51,10 @@ class AttentionCall:
     softcap: float | None
 
 
+Kernel = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
+"""`T x H x D` queries over a layer's pages of keys and values, in which the new ones are already, to `T x H x Dv`."""
+
+
 class KvCache:
     """Keys and values of every layer, `num_slots x K x D` each. A layer's pages are made when it first writes: only the model
     knows the shape of its heads, and after sharding only the rank does."""
@@ -67,6 +72,14 @@ class KvCache:
             slots = self.num_blocks * self.block_size
             self._layers[index] = tuple(x.new_zeros(slots, x.shape[1], x.shape[3]) for x in (key, value))  # type: ignore[assignment]
         return self._layers[index]
+
+    def resize(self, num_blocks: int) -> None:
+        """So many empty blocks; layers that have pages get new ones at once, in the place of the old."""
+        old, self._layers, self.num_blocks = self._layers, {}, num_blocks
+        for index in sorted(old):
+            shapes = [(x.dtype, x.device, x.shape[1:]) for x in old.pop(index)]
+            slots = num_blocks * self.block_size
+            self._layers[index] = tuple(torch.zeros(slots, *shape, dtype=dtype, device=to) for dtype, to, shape in shapes)  # type: ignore[assignment]
 
     @property
     def num_bytes(self) -> int:
@@ -87,11 +100,12 @@ class DecodeGroup:
     def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """`B x 1 x 1 x L`: 0 where the token may look, -inf elsewhere."""
         if window not in self.biases:
-            at = torch.arange(self.width)
+            at = torch.arange(self.width, device=self.lengths.device)
             hidden = at >= self.lengths[:, None]
             if window is not None:
                 hidden |= at < self.lengths[:, None] - window
-            self.biases[window] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+            self.biases[window] = bias[:, None, None]
         return self.biases[window]
 
 
@@ -112,11 +126,13 @@ class PromptChunk:
             if self.start == 0 and (window is None or window >= end):
                 self.biases[window] = None
             else:
-                query, key = torch.arange(self.start, end)[:, None], torch.arange(end)
+                key = torch.arange(end, device=self.table.device)
+                query = key[self.start :, None]
                 hidden = key > query
                 if window is not None:
                     hidden |= key <= query - window
-                self.biases[window] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+                bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+                self.biases[window] = bias.masked_fill_(hidden, -torch.inf)
         return self.biases[window]
 
 
@@ -128,14 +144,16 @@ class Paged:
     slots: Tensor  # T: where each new token's key and value go
     groups: list[DecodeGroup]
     chunks: list[PromptChunk]
+    kernel: Kernel | None = None  # does the work of groups and chunks, which are empty then
 
     @classmethod
-    def of(cls, batch: Batch, cache: KvCache) -> Paged:
+    def of(cls, batch: Batch, cache: KvCache, device: torch.device = CPU) -> Paged:
         size = cache.block_size
         positions = batch_positions(batch)
         rows = np.repeat(np.arange(len(batch.counts)), batch.counts)
         slots = batch.tables[rows, positions // size].astype(np.int64) * size + positions % size
-        return cls(cache, torch.from_numpy(slots), list(_groups(batch, size)), list(_chunks(batch, size)))
+        groups, chunks = list(_groups(batch, size, device)), list(_chunks(batch, size, device))
+        return cls(cache, torch.from_numpy(slots).to(device), groups, chunks)
 
 
 def batch_positions(batch: Batch) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -144,7 +162,7 @@ def batch_positions(batch: Batch) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.arange(len(batch.tokens)) - np.repeat(offsets - batch.starts, batch.counts)
 
 
-def _groups(batch: Batch, size: int) -> Iterator[DecodeGroup]:
+def _groups(batch: Batch, size: int, device: torch.device) -> Iterator[DecodeGroup]:
     """Cut the decoders, which stand in order of length, wherever padding would exceed the group's shortest sequence."""
     num = int(np.argmax(batch.counts > 1)) if (batch.counts > 1).any() else len(batch.counts)
     widths = batch.starts[:num] // size + 1
@@ -155,16 +173,18 @@ def _groups(batch: Batch, size: int) -> Iterator[DecodeGroup]:
         table = torch.from_numpy(batch.tables[first:last, :width].astype(np.int64).ravel())
         lengths = torch.from_numpy(batch.starts[first:last].astype(np.int64) + 1)
         unwritten = torch.arange(width * size) >= lengths[:, None]
-        yield DecodeGroup(first, lengths, table, width * size, unwritten.flatten().nonzero()[:, 0])
+        hidden = unwritten.flatten().nonzero()[:, 0]
+        yield DecodeGroup(first, lengths.to(device), table.to(device), width * size, hidden.to(device))
         first = last
 
 
-def _chunks(batch: Batch, size: int) -> Iterator[PromptChunk]:
+def _chunks(batch: Batch, size: int, device: torch.device) -> Iterator[PromptChunk]:
     first = 0
     for row, (start, count) in enumerate(zip(batch.starts.tolist(), batch.counts.tolist(), strict=True)):
         if count > 1:
             blocks = -(-(start + count) // size)
-            yield PromptChunk(first, start, count, torch.from_numpy(batch.tables[row, :blocks].astype(np.int64)))
+            table = torch.from_numpy(batch.tables[row, :blocks].astype(np.int64))
+            yield PromptChunk(first, start, count, table.to(device))
         first += count
 
 
@@ -193,6 +213,8 @@ def paged_attention(
     if module.layer_idx not in paged.cache.calls:
         call = AttentionCall(queries.shape[1], kv_heads, queries.shape[2], scale, sliding_window, softcap)
         paged.cache.calls[module.layer_idx] = call  # type: ignore[index]
+    if paged.kernel:
+        return paged.kernel(queries, keys, values, paged.cache.calls[module.layer_idx])[None], None  # type: ignore[index]
     for group in paged.groups:
         rows = slice(group.first, group.first + len(group.lengths))
         q = queries[rows].reshape(len(group.lengths), kv_heads, -1, queries.shape[2])  # B x K x G x D
@@ -226,5 +248,5 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, 
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = torch.tanh(q @ k.transpose(2, 3) * (scale / softcap)) * softcap
     if bias is None:
-        bias = torch.full(scores.shape[2:], -torch.inf, dtype=scores.dtype).triu_(1)
+        bias = torch.full(scores.shape[2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
     return torch.softmax((scores + bias).float(), -1).to(v.dtype) @ v

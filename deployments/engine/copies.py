@@ -160,7 +160,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _crc(tensor: Tensor) -> int:

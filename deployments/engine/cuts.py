@@ -42,9 +42,9 @@ class Cut:
     def num_elements(self) -> int:
         return math.prod(self.part)
 
-    def take(self, whole: Tensor, dtype: torch.dtype) -> Tensor:
+    def take(self, whole: Tensor, dtype: torch.dtype, *, pinned: bool = False) -> Tensor:
         """A new tensor with this part of `whole`, which may lie in a mapped file: only the blocks are touched."""
-        part = torch.empty(self.part, dtype=dtype)
+        part = torch.empty(self.part, dtype=dtype, pin_memory=pinned)
         for source, target in self.blocks:
             part[target].copy_(whole[source])
         return part

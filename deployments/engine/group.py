@@ -17,7 +17,7 @@ from deployments.engine.batch import Ints
 from deployments.engine.native.meeting import Meeting
 from deployments.engine.orders import Order, pack, unpack
 from deployments.engine.rendezvous import Rendezvous
-from deployments.engine.wire import Wires, all_agree, join
+from deployments.engine.wire import Wires, all_agree, join, smallest
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +34,13 @@ class Group:
     wires: ClassVar[Wires | None] = None
     joined: ClassVar[str | None] = None  # the address where this process met its others
 
-    def __init__(self, rendezvous: Rendezvous, *, native: Path | None) -> None:
-        """`native` is where compiled parts are kept or built, for shared memory; None: gloo."""
+    def __init__(self, rendezvous: Rendezvous, *, native: Path | None, device: str = "cpu") -> None:
+        """`native` is where compiled parts are kept or built, for shared memory; None: gloo. `device`: see `wire.join`."""
         self.rank, self.size = rendezvous.rank, rendezvous.size
         self._buffer = torch.zeros(HEAD, dtype=torch.int32)
         assert Group.joined in (None, rendezvous.address), "this process belongs to a group of other ranks already"
         self.place = rendezvous.place
-        Group.wires, Group.joined = Group.wires or join(rendezvous, native), rendezvous.address
+        Group.wires, Group.joined = Group.wires or join(rendezvous, native, device), rendezvous.address
         self._wire, self._stage = Group.wires.all, Group.wires.stage
 
     @property
@@ -82,6 +82,10 @@ class Group:
     def all_agree(self, mine: bool) -> bool:
         """Whether every rank says yes."""
         return all_agree(mine)
+
+    def smallest(self, mine: int) -> int:
+        """Of all ranks' numbers."""
+        return smallest(mine)
 
     def all_reduce(self, numbers: Tensor) -> None:
         """Sum over the ranks of this stage, in place."""

@@ -22,6 +22,7 @@ from cluster.errors import ModelNotServable
 from cluster.settings import EngineSettings
 from cluster.types import Quantization
 from deployments.engine import skeleton, stage
+from deployments.engine.attention import CPU
 from deployments.engine.census import parameters_of
 from deployments.engine.copies import Copies, Copy
 from deployments.engine.cuts import Cut, CutUnknown, learn
@@ -46,20 +47,22 @@ def load(
     settings: EngineSettings,
     progress: Progress,
     quantization: Quantization | None = None,
+    device: torch.device = CPU,
 ) -> nn.Module:
-    """This rank's module with real tensors. The directory has passed `checkpoint.inspect`; `group` None: one rank holds all.
+    """This rank's module with real tensors. The directory has passed `checkpoint.inspect`; `group` None: one rank holds all. On a
+    GPU a tensor goes there as soon as its part is read: the host holds a few at a time, in pinned memory.
 
     Raises ModelNotServable when weights are missing or have other shapes, DeepSpeed can't cut the model, or it can't be quantised.
     """
     if quantization:
-        require(FORMATS[quantization], torch.device("cpu"))
+        require(FORMATS[quantization], device)
     weights = find_weights(directory)
-    empty, parts = _planned(directory, DTYPES[dtype], group, weights, progress)
+    empty, parts = _planned(directory, DTYPES[dtype], group, weights, progress, pinned=device.type == "cuda")
     if empty is None:
-        model = _whole(directory, dtype, group, weights, progress)
+        model = _whole(directory, dtype, group, weights, progress).to(device)
     else:
         copy = _copy(directory, dtype, group, settings, weights, empty, quantization)
-        model = _filled(empty, parts, copy, progress, quantization)
+        model = _filled(empty, parts, copy, progress, quantization, device)
         setattr(model, _CUTS, empty.cuts)
     if quantization:
         quantize_model(model, quantization)  # what could not be quantised while it was read
@@ -67,19 +70,24 @@ def load(
 
 
 def _filled(
-    empty: _Empty, parts: dict[str, Part], copy: Copy | None, progress: Progress, quantization: Quantization | None
+    empty: _Empty,
+    parts: dict[str, Part],
+    copy: Copy | None,
+    progress: Progress,
+    quantization: Quantization | None,
+    device: torch.device,
 ) -> nn.Module:
     """From this rank's own copy, if there is a good one, else from the model's files."""
     quantized = empty.quantized(parts, quantization) if quantization else {}
     shapes = empty.shapes() | {f"{linear.name}.scales": tuple(linear.scales.shape) for linear in quantized.values()}
     if copy and (kept := copy.read(shapes, progress)) is not None:
-        skeleton.fill(empty.model, kept, empty.dtype, empty.apart, renamed=True)
+        skeleton.fill(empty.model, kept, empty.dtype, empty.apart, device, renamed=True)
         return empty.model
     for linear in quantized.values():
         linear.scales = None  # they come with the weights, not from the files
     progress.begin("model", sum(part.num_bytes for part in parts.values()))
     chosen = {name: QuantizedPart(part, quantized[name]) if name in quantized else part for name, part in parts.items()}
-    skeleton.fill(empty.model, chosen, empty.dtype, empty.apart)
+    skeleton.fill(empty.model, chosen, empty.dtype, empty.apart, device)
     progress.end()
     if copy:
         copy.write({name: tensor for name, tensor in empty.model.state_dict().items() if name in shapes})
@@ -136,9 +144,9 @@ class _Empty:
         kept = {name: cuts[name] for name in model.state_dict()}
         return cls(model, dtype, kept, apart, parted | {other: one for one, other in parted.items()})
 
-    def parts(self, weights: Weights, progress: Progress) -> dict[str, Part]:
+    def parts(self, weights: Weights, progress: Progress, *, pinned: bool) -> dict[str, Part]:
         """What to read, by the stored tensor's name; by the parameter's own where that was tied to the stored one."""
-        files, state = MappedFiles(weights.tensors, weights.files), self.model.state_dict()
+        files, state = MappedFiles(weights.tensors, weights.files, pinned=pinned), self.model.state_dict()
         goes_to = skeleton.destinations(self.model, weights.tensors)
         plain = {target: name for name, (target, computed) in goes_to.items() if target in state and not computed}
         stored = {target: name for name, (target, computed) in goes_to.items() if not computed}
@@ -177,12 +185,12 @@ class _Empty:
 
 
 def _planned(
-    directory: Path, dtype: torch.dtype, group: Group | None, weights: Weights, progress: Progress
+    directory: Path, dtype: torch.dtype, group: Group | None, weights: Weights, progress: Progress, *, pinned: bool
 ) -> tuple[_Empty | None, dict[str, Part]]:
     """The empty model and what to read; None where any rank can't know: all must go the same way."""
     try:
         empty: _Empty | None = _Empty.of(directory, dtype, group)
-        parts = empty.parts(weights, progress) if empty else {}
+        parts = empty.parts(weights, progress, pinned=pinned) if empty else {}
     except CutUnknown as error:
         log.warning("every rank reads the whole model: its cut can't be known before", extra={"reason": str(error)})
         empty, parts = None, {}

@@ -17,6 +17,7 @@ from cluster.settings import EngineSettings
 from cluster.types import FinishReason, Quantization, Sampling
 from deployments.engine.adapter_files import content_digest
 from deployments.engine.checkpoint import inspect
+from deployments.engine.device import reserved, visible_gpus
 from deployments.engine.engine import AdapterUse, Engine, Output, Request
 from deployments.engine.lead import obey
 from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, Order, ReadAdapter
@@ -56,6 +57,7 @@ class LocalEngine:
     ) -> None:
         settings = settings or EngineSettings()
         info = inspect(Path(directory), tp=tp, pp=pp, dtype=dtype, quantization=quantization)
+        settings = reserved(settings, tp * pp, visible_gpus() * settings.gpus_per_shard)
         self._meeting: tempfile.TemporaryDirectory[str] | None = tempfile.TemporaryDirectory(prefix="mmaas-")
         spec = ShardSpec(
             directory=Path(directory),
@@ -63,6 +65,8 @@ class LocalEngine:
             num_blocks=blocks or num_blocks(info, settings),
             threads=settings.threads or max(1, (os.cpu_count() or 1) // (tp * pp)),
             settings=settings,
+            gpu=0 if settings.device == "cuda" else None,
+            exactly=blocks is not None,
             rendezvous=Rendezvous(
                 f"file://{self._meeting.name}/{Path(self._meeting.name).name}", 0, tp * pp, settings.start_deadline_s, pp
             ),
@@ -83,6 +87,7 @@ class LocalEngine:
 
     def _lead(self, spec: ShardSpec) -> None:
         self.shard = Shard(spec)
+        spec = self.shard.spec  # with the blocks that fit
         self.engine = Engine.of(
             self.shard.execute,
             spec.num_blocks,

@@ -64,8 +64,10 @@ class MappedFile:
 class Part:
     """This rank's part of a stored tensor, read when somebody takes it with `[...]`, as transformers' loader does."""
 
-    def __init__(self, file: MappedFile, entry: TensorEntry, cut: Cut, dtype: torch.dtype | None, progress: Progress) -> None:
-        self.file, self.entry, self.cut, self.progress = file, entry, cut, progress
+    def __init__(
+        self, file: MappedFile, entry: TensorEntry, cut: Cut, dtype: torch.dtype | None, progress: Progress, *, pinned: bool = False
+    ) -> None:
+        self.file, self.entry, self.cut, self.progress, self.pinned = file, entry, cut, progress, pinned
         self.dtype = dtype or TYPES[entry.dtype]
 
     @property
@@ -74,17 +76,17 @@ class Part:
         return self.cut.num_elements * TYPES[self.entry.dtype].itemsize
 
     def __getitem__(self, everything: Any) -> Tensor:
-        part = self.cut.take(self.file.tensor(self.entry), self.dtype)
+        part = self.cut.take(self.file.tensor(self.entry), self.dtype, pinned=self.pinned)
         self.file.release(self.entry)
         self.progress.add(self.num_bytes)
         return part
 
 
 class MappedFiles:
-    """Files opened when first needed."""
+    """Files opened when first needed. `pinned`: parts are read to where a GPU fetches them by itself."""
 
-    def __init__(self, entries: Mapping[str, TensorEntry], paths: Mapping[str, Path]) -> None:
-        self.entries, self._paths = entries, paths
+    def __init__(self, entries: Mapping[str, TensorEntry], paths: Mapping[str, Path], *, pinned: bool = False) -> None:
+        self.entries, self._paths, self._pinned = entries, paths, pinned
         self._open: dict[Path, MappedFile] = {}
 
     def part(self, name: str, cut: Cut | None, dtype: torch.dtype | None, progress: Progress) -> Part:
@@ -92,4 +94,4 @@ class MappedFiles:
         entry, path = self.entries[name], self._paths[name]
         if path not in self._open:
             self._open[path] = MappedFile(path)
-        return Part(self._open[path], entry, cut or Cut.none(entry.shape), dtype, progress)
+        return Part(self._open[path], entry, cut or Cut.none(entry.shape), dtype, progress, pinned=self._pinned)

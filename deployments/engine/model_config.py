@@ -81,3 +81,11 @@ def token_ids(value: Any) -> frozenset[int]:
     """Token ids as configurations write them: none, one or a list."""
     values = value if isinstance(value, list) else [value]
     return frozenset(v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0)
+
+
+def rope_types(config: Mapping[str, Any]) -> set[str]:
+    """How rotary embeddings are scaled, over all kinds of layers; empty where config.json doesn't say."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    nested = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    found = {str(one.get("rope_type", one.get("type"))) for one in nested}
+    return found - {"None"}

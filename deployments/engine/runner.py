@@ -13,7 +13,7 @@ from cluster.errors import ModelNotServable
 from deployments.engine import attention
 from deployments.engine.adapted import Adapted
 from deployments.engine.adapters import AdapterPart
-from deployments.engine.attention import KvCache, Paged, batch_positions
+from deployments.engine.attention import CPU, KvCache, Paged, batch_positions
 from deployments.engine.batch import Batch
 from deployments.engine.handover import Handover
 from deployments.engine.stage import entrance_of, exit_of
@@ -62,12 +62,14 @@ class Runner:
         cache: KvCache,
         handover: Handover | None = None,
         all_reduce: Callable[[Tensor], None] | None = None,
+        device: torch.device = CPU,
     ) -> None:
         """`all_reduce`: sums over the ranks that share a layer, which adapters of layers that are summed need; None: this one has
         whole layers."""
         self.model = model
         self.cache = cache
         self.handover = handover
+        self.device = device
         self._entrance, self._exit = entrance_of(model), exit_of(model)
         self._width = model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
         self._adapted = Adapted(model, all_reduce)
@@ -86,11 +88,11 @@ class Runner:
             hidden = self.handover.take(len(batch.tokens), self._width, self.model.dtype)  # type: ignore[arg-type]
             self._entrance.stream = hidden[None]
         output = self.model(
-            input_ids=torch.from_numpy(batch.tokens.astype(np.int64))[None],
-            position_ids=torch.from_numpy(batch_positions(batch))[None],
+            input_ids=torch.from_numpy(batch.tokens.astype(np.int64))[None].to(self.device),
+            position_ids=torch.from_numpy(batch_positions(batch))[None].to(self.device),
             use_cache=False,
-            logits_to_keep=torch.from_numpy(batch.rows),
-            paged=Paged.of(batch, self.cache),
+            logits_to_keep=torch.from_numpy(batch.rows).to(self.device),
+            paged=Paged.of(batch, self.cache, self.device),
         )
         if self._exit:
             assert self.handover, "a stage needs somebody to give hidden states to"
@@ -99,6 +101,16 @@ class Runner:
             self.handover.give(hidden)
             return hidden[torch.from_numpy(batch.rows)]
         return output.logits[0]  # type: ignore[no-any-return]
+
+    def rehearse(self, tokens: int, rows: int) -> None:
+        """The largest step there will be, on one block: what it takes beside weights and cache shows in the allocator's peak."""
+        table = np.zeros((1, -(-tokens // self.cache.block_size)), np.int32)
+        counts, sampled = np.array([tokens], np.int32), np.zeros(min(rows, tokens), np.int32)
+        self.run(Batch(np.ones(tokens, np.int32), np.zeros(1, np.int32), counts, sampled, table))
+
+    def resize(self, num_blocks: int) -> None:
+        """Another cache, of so many blocks; what was in the old one is lost."""
+        self.cache.resize(num_blocks)
 
     def check(self) -> None:
         """Prove that this model can be paged: two sequences that grow in one batch must get the logits that one has alone.

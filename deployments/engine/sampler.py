@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -53,16 +54,43 @@ def choose(logits: Tensor, sequences: Items[Sequence]) -> list[int]:
     return tokens
 
 
-@torch.inference_mode()
 def sample(
     logits: Tensor, sequences: Items[Sequence], choose: Choose = choose, allowed: Mapping[int, Allowed] | None = None
 ) -> list[Sampled]:
-    """`R x V` logits, one row for each sequence. May change `logits`. `allowed` says, by row, which of the V tokens may be chosen
-    where not all may."""
+    """`R x V` logits on any device, one row for each sequence. May change `logits`. `allowed` says, by row, which of the V tokens
+    may be chosen where not all may."""
+    if logits.device.type == "cpu":
+        return sample_here(logits, sequences, choose, allowed or {})
+    return sample_there(logits, sequences, choose, allowed or {})
+
+
+@torch.inference_mode()
+def sample_there(
+    logits: Tensor, sequences: Items[Sequence], choose: Choose = choose, allowed: Mapping[int, Allowed] = MappingProxyType({})
+) -> list[Sampled]:
+    """Plain greedy rows on the device that has the logits, so that only their tokens come from it; the others come whole."""
+    most, tokens = logits.max(-1)
+    found = [
+        Sampled(token if finite else NO_TOKEN) for token, finite in zip(tokens.tolist(), most.isfinite().tolist(), strict=True)
+    ]
+    rows = [row for row, sequence in enumerate(sequences) if row in allowed or not _is_plain(sequence)]
+    if rows:
+        wanted = logits[torch.tensor(rows, device=logits.device)].cpu()
+        theirs = {place: allowed[row] for place, row in enumerate(rows) if row in allowed}
+        for row, sampled in zip(rows, sample_here(wanted, [sequences[row] for row in rows], choose, theirs), strict=True):
+            found[row] = sampled
+    return found
+
+
+@torch.inference_mode()
+def sample_here(
+    logits: Tensor, sequences: Items[Sequence], choose: Choose = choose, allowed: Mapping[int, Allowed] = MappingProxyType({})
+) -> list[Sampled]:
+    """The same on the CPU."""
     reports = {row: s.sampling.logprobs for row, s in enumerate(sequences) if s.sampling.logprobs is not None}
     raw = logits[list(reports)].float() if reports else logits
     changed = {row for row, s in enumerate(sequences) if _is_adjusted(s.sampling) or _bans_stop(s)}
-    poisoned = [row for row in sorted(changed.union(allowed or ())) if not logits[row].amax().isfinite()]
+    poisoned = [row for row in sorted(changed.union(allowed)) if not logits[row].amax().isfinite()]
     for row in sorted(changed):
         logits[row] = adjust(logits[row], sequences[row])
     if allowed:
@@ -152,6 +180,13 @@ def uniform(seed: int, position: int) -> float:
 def _is_adjusted(sampling: Sampling) -> bool:
     plain = sampling.repetition_penalty == 1.0 and not sampling.frequency_penalty and not sampling.presence_penalty
     return not plain or bool(sampling.logit_bias)
+
+
+def _is_plain(sequence: Sequence) -> bool:
+    """Whether the largest of the model's own logits is the answer, and all of it."""
+    sampling = sequence.sampling
+    asks = sampling.temperature > 0 or sampling.logprobs is not None or sampling.constraint is not None
+    return not (asks or _is_adjusted(sampling) or _bans_stop(sequence))
 
 
 def _bans_stop(sequence: Sequence) -> bool:

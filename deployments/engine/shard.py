@@ -17,6 +17,7 @@ from cluster.settings import EngineSettings
 from deployments.engine import sameness
 from deployments.engine.batch import Batch
 from deployments.engine.checkpoint import ModelInfo
+from deployments.engine.device import choose, visible_gpus
 from deployments.engine.memory import available, give_back
 from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, Look, Order, ReadAdapter, Sleep, Swap, Wake
 from deployments.engine.progress import Progress
@@ -24,10 +25,12 @@ from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.stepclock import Doing, StepClock
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from deployments.engine.adapters import Adapters
     from deployments.engine.cuts import Cut
+    from deployments.engine.fastgen import FastGen
+    from deployments.engine.gpu.static import StaticDecode
     from deployments.engine.group import Group
     from deployments.engine.handover import Handover
     from deployments.engine.native.decoder import Decoder
@@ -51,12 +54,15 @@ class ShardSpec:
     threads: int
     settings: EngineSettings
     rendezvous: Rendezvous
+    gpu: int | None = None  # the rank's own, among those that its process sees
+    exactly: bool = False  # `num_blocks` is wanted so, and not to be changed to what a GPU's memory holds
 
     def at(self, rendezvous: Rendezvous) -> ShardSpec:
         return replace(self, rendezvous=rendezvous)
 
     def for_rank(self, rank: int) -> ShardSpec:
-        return self.at(replace(self.rendezvous, rank=rank))
+        """One process of several on a machine whose GPUs they all see."""
+        return replace(self.at(replace(self.rendezvous, rank=rank)), gpu=None if self.gpu is None else rank)
 
 
 def num_blocks(model: ModelInfo, settings: EngineSettings) -> int:
@@ -78,20 +84,21 @@ class Shard:
 
         torch.set_num_threads(spec.threads)
         self.spec = spec
+        self.device = torch.device(choose(spec.settings.device, spec.gpu, visible_gpus))
         self.progress = progress or Progress()
         self.clock = StepClock()
         self.group = self._join()
         self.handover = self._handed()
         self._cuts: Mapping[str, Cut] | None = None
         self._launched = 0
-        self._running: Runner | Decoder | None = self._runner()
+        self._running: Runner | Decoder | StaticDecode | FastGen | None = self._runner()
         self.adapters = self._adapters()
         self.choose = self._choose() if spec.rendezvous.rank == 0 else None
         give_back()
         self.clock.waits()
 
     @property
-    def runner(self) -> Runner | Decoder:
+    def runner(self) -> Runner | Decoder | StaticDecode | FastGen:
         """Raises Unavailable while it sleeps."""
         if self._running is None:
             raise Unavailable("the model is asleep", retry_after_s=5)
@@ -113,7 +120,8 @@ class Shard:
         from deployments.engine.group import Group
 
         settings = self.spec.settings
-        return Group(self.spec.rendezvous, native=settings.cache if settings.shared_memory else None)
+        native = settings.cache if settings.shared_memory else None
+        return Group(self.spec.rendezvous, native=native, device=str(self.device))
 
     def _handed(self) -> Handover | None:
         if self.depth == 1:
@@ -122,8 +130,16 @@ class Shard:
 
         return Handover(self.spec.rendezvous.place)
 
-    def _runner(self) -> Runner | Decoder:
-        """Through the compiled decoder where that can be, else through torch."""
+    def _runner(self) -> Runner | Decoder | StaticDecode | FastGen:
+        """On a GPU through our kernel or FastGen; else through the compiled decoder where that can be, else through torch."""
+        if self.device.type == "cuda" and self.depth > 1:
+            raise ModelNotServable("stages are computed by CPUs only so far; use pp=1, or engine.device=cpu", param="pp")
+        if self.spec.settings.runner == "fastgen":
+            return self._fastgen()
+        if self.device.type == "cuda":
+            return self._on_gpu()
+        if self.spec.settings.runner == "torch":
+            return _checked(self._loaded())
         from deployments.engine.native.build import NativeUnavailable
         from deployments.engine.native.proof import Disproved, decoder_of
 
@@ -158,6 +174,23 @@ class Shard:
             log.info("samples through torch", extra={"reason": str(error)})
             return None
 
+    def _fastgen(self) -> FastGen:
+        from deployments.engine.fastgen import FastGen
+
+        runner = FastGen.load(self.spec, self.device)
+        self.spec = runner.spec
+        return runner
+
+    def _on_gpu(self) -> Runner | StaticDecode:
+        import torch
+
+        from deployments.engine.gpu.build import gpu_runner
+
+        torch.cuda.set_device(self.device)  # kernels are launched on the current one
+        runner, num_blocks = gpu_runner(self._module(), self.spec, self.device, self.group)
+        self.spec = replace(self.spec, num_blocks=num_blocks)
+        return runner
+
     def _ranks(self) -> Ranks:
         from deployments.engine.native.proof import Ranks
 
@@ -168,17 +201,24 @@ class Shard:
 
     def _loaded(self) -> Runner:
         """The model in transformers' own code, cut to this rank's part."""
-        from deployments.engine import finite
         from deployments.engine.attention import KvCache
-        from deployments.engine.load import cuts_of, load
         from deployments.engine.runner import Runner
 
+        all_reduce = self.group.all_reduce if self.group and self.group.place.tp > 1 else None
+        return Runner(self._module(), KvCache(self.spec.num_blocks, self.spec.settings.block_size), self.handover, all_reduce)
+
+    def _module(self) -> nn.Module:
+        """With weights that are numbers, all of them."""
+        from deployments.engine import finite
+        from deployments.engine.load import cuts_of, load
+
         spec = self.spec
-        model = load(spec.directory, spec.model.dtype, self.group, spec.settings, self.progress, spec.model.quantization)
+        model = load(
+            spec.directory, spec.model.dtype, self.group, spec.settings, self.progress, spec.model.quantization, self.device
+        )
         self._all(lambda: finite.require(model, spec.directory.name))
         self._cuts = cuts_of(model)
-        all_reduce = self.group.all_reduce if self.group and self.group.place.tp > 1 else None
-        return Runner(model, KvCache(spec.num_blocks, spec.settings.block_size), self.handover, all_reduce)
+        return model
 
     @property
     def depth(self) -> int:

@@ -67,9 +67,15 @@ def destinations(model: nn.Module, stored: Iterable[str]) -> dict[str, tuple[str
 
 
 def fill(
-    model: nn.Module, tensors: Mapping[str, Any], dtype: torch.dtype, apart: Mapping[str, torch.dtype], *, renamed: bool = False
+    model: nn.Module,
+    tensors: Mapping[str, Any],
+    dtype: torch.dtype,
+    apart: Mapping[str, torch.dtype],
+    device: torch.device = attention.CPU,
+    *,
+    renamed: bool = False,
 ) -> None:
-    """Put tensors into the model; each is taken with `[...]` when its turn comes. Afterwards nothing is left on the meta device.
+    """Put tensors into the model; each is taken with `[...]` when its turn comes. Afterwards all is on `device`, nothing on meta.
     `renamed`: they have the names of the model's own parameters, not those of its files.
 
     Raises ModelNotServable when tensors are missing or have other shapes.
@@ -77,7 +83,8 @@ def fill(
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
-    config = LoadStateDictConfig(dtype=dtype, dtype_plan=dict(apart), weight_mapping=[] if renamed else _mapping(model))
+    mapping = [] if renamed else _mapping(model)
+    config = LoadStateDictConfig(dtype=dtype, dtype_plan=dict(apart), weight_mapping=mapping, device_map={"": device})
     found, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
     name = type(model).__name__
     if found.mismatched_keys:

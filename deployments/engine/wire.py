@@ -91,6 +91,28 @@ class Line:
         dist.all_reduce(tensor)
 
 
+class Nccl:
+    """Numbers on GPUs through NCCL, without passing the host; what ranks tell each other through another wire."""
+
+    def __init__(self, messages: Wire) -> None:
+        self.messages = messages
+        self._on_gpu = 0
+
+    @property
+    def talk(self) -> int:
+        return self.messages.talk + self._on_gpu
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self.messages.broadcast(tensor)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        if tensor.device.type == "cpu":
+            self.messages.all_reduce(tensor)
+        else:
+            self._on_gpu += 1
+            dist.all_reduce(tensor)
+
+
 @dataclass(frozen=True)
 class Wires:
     """What a rank talks through: to all others, and to those of its stage, which sum their parts."""
@@ -99,28 +121,33 @@ class Wires:
     stage: Wire
 
 
-def join(rendezvous: Rendezvous, native: Path | None) -> Wires:
-    """Once per process. `native` is where compiled parts are kept or built, for shared memory; None: sockets."""
-    _set_environment(rendezvous)
+def join(rendezvous: Rendezvous, native: Path | None, device: str = "cpu") -> Wires:
+    """Once per process. `native` is where compiled parts are kept or built, for shared memory; None: sockets. `device`: where
+    this rank computes, `cpu` or `cuda:N`; all ranks on the same kind."""
+    _set_environment(rendezvous, device)
+    on_gpu = device != "cpu"
+    if on_gpu:
+        torch.cuda.set_device(device)  # before NCCL or DeepSpeed take the first one
     import deepspeed.comm
 
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         init_method=rendezvous.address,
         rank=rendezvous.rank,
         world_size=rendezvous.size,
         timeout=timedelta(seconds=rendezvous.timeout_s),
     )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # ours does the same, and sleeps while it waits
-    deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    deepspeed.comm.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
     place = rendezvous.place
     stage = stage_group(place)
     meeting = _meet(rendezvous, native, stage) if place.tp > 1 else None
     dist.barrier()
-    if meeting:
-        _reduce_through(meeting)
-    among = meeting or Gloo(stage)
-    return Wires(Line(place) if place.pp > 1 else among, among)
+    messages: Wire = meeting or Gloo(stage)
+    among = Nccl(messages) if on_gpu else messages
+    if not isinstance(among, Gloo):  # DeepSpeed's own way
+        _reduce_through(among)
+    return Wires(Line(place) if place.pp > 1 else messages, among)
 
 
 def stage_group(place: Place) -> Any:
@@ -174,13 +201,13 @@ def _segment(library: ctypes.CDLL | None, place: Place, stage: Any) -> Segment |
     return Segment(*numbers.tolist()) if numbers.any() else None
 
 
-def _reduce_through(meeting: Meeting) -> None:
+def _reduce_through(wire: Wire) -> None:
     """Every row-parallel layer of DeepSpeed's ends in this call of its backend, over all ranks."""
     import deepspeed.comm
 
     def all_reduce(tensor: Tensor, op: Any = deepspeed.comm.ReduceOp.SUM, group: Any = None) -> Tensor:
         assert op == deepspeed.comm.ReduceOp.SUM, "ranks only sum"
-        meeting.all_reduce(tensor)
+        wire.all_reduce(tensor)
         return tensor
 
     deepspeed.comm.comm.cdb.inference_all_reduce = all_reduce
@@ -193,17 +220,25 @@ def all_agree(mine: bool, group: Any = None) -> bool:
     return bool(votes)
 
 
-def _set_environment(rendezvous: Rendezvous) -> None:
-    """What DeepSpeed reads."""
+def smallest(mine: int) -> int:
+    """Of all ranks' numbers."""
+    numbers = torch.tensor([mine])
+    dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
+    return int(numbers)
+
+
+def _set_environment(rendezvous: Rendezvous, device: str) -> None:
+    """What DeepSpeed reads. On GPUs it takes the one of the local rank among those that this process sees."""
+    kind, _, number = device.partition(":")
     name = rendezvous.address.rpartition("/")[2]
     os.environ |= {
         "RANK": str(rendezvous.rank),
-        "LOCAL_RANK": str(rendezvous.rank if rendezvous.one_node else 0),
+        "LOCAL_RANK": number or str(rendezvous.rank if rendezvous.one_node else 0),
         "WORLD_SIZE": str(rendezvous.size),
         "LOCAL_SIZE": str(rendezvous.size if rendezvous.one_node else 1),
         "MASTER_ADDR": name.partition(":")[0],
         "MASTER_PORT": name.partition(":")[2] or "0",
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": kind,
     }
     if interface := "lo" if rendezvous.one_node else interface_of(rendezvous.host):
         os.environ["GLOO_SOCKET_IFNAME"] = interface

@@ -77,10 +77,11 @@ def build_tokenizer() -> Any:
 
 
 def reference(directory: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """What `transformers.generate` answers greedily in float32, one prompt at a time."""
+    """What `transformers.generate` answers greedily in float32, one prompt at a time. Eager: other ways leave out Gemma's soft caps
+    in some versions."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     answers = []
     for prompt in prompts:
         output = model.generate(torch.tensor([prompt]), max_new_tokens=num_tokens, do_sample=False)

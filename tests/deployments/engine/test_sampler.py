@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from cluster.types import Sampling
-from deployments.engine.sampler import adjust, best, choose, draw, sample, truncate, uniform
+from deployments.engine.sampler import adjust, best, choose, draw, sample, sample_here, sample_there, truncate, uniform
 from deployments.engine.sequence import NO_TOKEN, Sequence
 
 SIZE = 50
@@ -156,3 +156,19 @@ def test_logprobs_are_the_models_own_whatever_the_sampling() -> None:
     assert [token for token, _ in first.top] == own[0].topk(2).indices.tolist()
     assert (second.token, second.top) == (11, ())
     assert math.isclose(second.logprob or 0, float(own[1, 11]), rel_tol=1e-5)
+
+
+def test_rows_that_stay_on_their_device_get_the_tokens_that_they_get_here() -> None:
+    ways = [
+        Sampling(temperature=0.0),
+        Sampling(temperature=0.8, top_p=0.9),
+        Sampling(temperature=0.0, repetition_penalty=1.3, logprobs=2),
+        Sampling(temperature=0.0),
+        Sampling(temperature=0.0, logit_bias=((3, 50.0),)),
+        Sampling(temperature=0.0, min_tokens=5),
+    ]
+    rows = [sequence(way, stop_ids=frozenset({7})) for way in ways]
+    logits = random_logits(3, len(rows))
+    logits[5, 7] = 99.0
+    assert sample_there(logits.clone(), rows) == sample_here(logits.clone(), rows)
+    assert sample_there(logits.clone(), rows)[5].token != 7
