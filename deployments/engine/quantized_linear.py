@@ -20,6 +20,9 @@ ROUTERS = {"gate", "shared_expert_gate", "router"}
 SHARE_LEFT = 0.05
 """Of the numbers in matrices, how many may stay as they are in a model that calls itself quantised, embeddings and output aside."""
 
+AT_ONCE = 1 << 18
+"""Numbers that are widened to float32 at a time; several threads read weights at once."""
+
 
 class QuantizedLinear(nn.Module):
     """Stands in the place of a linear module of torch's or DeepSpeed's. On the meta device until `take` has had the weight."""
@@ -36,7 +39,12 @@ class QuantizedLinear(nn.Module):
 
     def take(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """`N x K` numbers, and `N` scales. Raises ModelNotServable for weights that aren't finite."""
-        numbers, scales = quantize(weight, self.form)
+        numbers = torch.empty(weight.shape, dtype=self.form.dtype, device=weight.device)
+        scales = torch.empty(len(weight), device=weight.device)
+        step = max(1, AT_ONCE // max(1, weight.shape[1]))
+        for first in range(0, len(weight), step):
+            rows = slice(first, first + step)
+            numbers[rows], scales[rows] = quantize(weight[rows], self.form)
         if not scales.isfinite().all():
             raise ModelNotServable(f"{self.name} has weights that are infinite or no numbers; they can't be quantised")
         return numbers, scales

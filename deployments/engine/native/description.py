@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from deployments.engine.attention import AttentionCall
 from deployments.engine.native.build import NativeUnavailable
 
+MAX_INT8_INPUTS = 65536
+"""Each adds at most 255 * 127 to a sum of 32 bits."""
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
 
 
@@ -215,7 +217,10 @@ def _require_shapes(found: Description) -> None:
     }
     if wrong := [name for name, rest in odd.items() if rest]:
         raise NativeUnavailable(f"the decoder can't cut this {' or '.join(wrong)} into vectors")
-    if any(module.weight.dtype is torch.float8_e4m3fn for layer in found.layers for module in layer.outputs):
+    weights = [module.weight for layer in found.layers for module in layer.outputs]
+    if any(weight.dtype is torch.float8_e4m3fn for weight in weights):
         raise NativeUnavailable("the decoder has no fp8")
+    if any(weight.dtype is torch.int8 and weight.shape[1] > MAX_INT8_INPUTS for weight in weights):
+        raise NativeUnavailable(f"the decoder's int8 sums hold no more than {MAX_INT8_INPUTS} inputs")
     if found.dtype not in (torch.float32, torch.bfloat16):
         raise NativeUnavailable(f"the decoder has no {found.dtype}")
