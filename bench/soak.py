@@ -1,11 +1,11 @@
 """Thousands of requests of every kind through one engine, and nothing of them left: `python -m bench.soak`.
 
 Random lengths, sampling parameters, choices and tenants on a tiny model whose KV cache is far too small for them, answers of a
-given form and forced calls, more adapters than slots, prompts that poison their sequence, and callers that hang up at every moment.
-Whatever is wrong ends the run with an AssertionError: an answer too many or too few, one that differs from the answer to the same
-request before or hasn't its form, a healthy one that fails, a block or adapter that isn't given back, a request, sequence or
-matcher that is still in memory. Growing memory ends the program with an error. One seed gives the same requests; when one enters depends on
-the threads that read adapters and compile forms.
+given form and forced calls, more adapters than slots, prompts that poison their sequence, and callers that hang up at every
+moment. Whatever is wrong ends the run with an AssertionError: an answer too many or too few, one that differs from the answer to
+the same request before or hasn't its form, a healthy one that fails, a block or adapter that isn't given back, a request,
+sequence or matcher that is still in memory. Growing memory ends the program with an error. One seed gives the same requests; when
+one enters depends on the threads that read adapters and compile forms.
 """
 
 from __future__ import annotations
