@@ -135,7 +135,7 @@ def _peer(peer: Engine, base: Path, folder: Path, options: argparse.Namespace) -
         return measured, running.versions
 
 
-def adapters(base: Path, rank: int, count: int) -> Path:
+def adapters(base: Path, rank: int, count: int, spread: float = SPREAD) -> Path:
     """A folder with the adapters 001, 002, …; left there from last time."""
     import torch
     from safetensors.torch import save_file
@@ -151,7 +151,7 @@ def adapters(base: Path, rank: int, count: int) -> Path:
         tensors = {}
         for module, (outputs, inputs) in shapes.items():
             for part, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
-                numbers = torch.empty(shape).normal_(0, SPREAD, generator=generator)
+                numbers = torch.empty(shape).normal_(0, spread, generator=generator)
                 tensors[f"base_model.model.{module}.lora_{part}.weight"] = numbers.to(torch.bfloat16)
         save_file(tensors, unfinished / WEIGHTS)
         targets = sorted({module.rpartition(".")[2] for module in shapes})

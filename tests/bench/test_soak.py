@@ -28,6 +28,9 @@ def test_nothing_is_left_of_five_hundred_requests(tmp_path: Path) -> None:
     assert result.preemptions > 20, "the cache was meant to be too small"
     assert 0.1 < result.cached_share < 0.9
     assert result.repeated > 20
+    assert result.formed.keys() == {"schema", "text", "call"}
+    assert result.adapter_loads > 12, "more adapters than slots were meant to be used"
+    assert result.failed > 0, "nobody was poisoned"
     assert result.slope is None
     assert table(result, 1).lines[0][1].startswith("500: ")
     assert draw(tmp_path / "x.svg", result).stat().st_size > 1000
@@ -74,9 +77,9 @@ class Faulty:
         return getattr(self.real, name)
 
 
-def nothing() -> tuple[int, int]:
+def nothing() -> tuple[int, int, int]:
     """Instead of looking through all of this process's memory, which takes its time."""
-    return 0, 0
+    return 0, 0, 0
 
 
 def twice(engine: Engine, outputs: list[Output]) -> list[Output]:
