@@ -50,8 +50,8 @@ IN_FLIGHT = 40
 CHECK_STEPS = 50
 ROUND = 1000
 """Requests until the engine is let run empty once."""
-NUM_BLOCKS = 80
-SETTINGS = EngineSettings(block_size=4, max_sequences=16, max_batch_tokens=64)
+NUM_BLOCKS = 22
+SETTINGS = EngineSettings(block_size=16, max_sequences=16, max_batch_tokens=64)
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from rich.console import Console
 
@@ -29,8 +30,10 @@ from cluster.types import (
     TopLogprob,
     Usage,
 )
+from deployments.adapters import Adapters, Found
 from deployments.engine.engine import Output, Request
 from deployments.engine.tokenizer import Tokenizer
+from deployments.slots import Slots
 from deployments.tools.formats import find_format
 from mmaas.up import Platform
 
@@ -195,6 +198,26 @@ def _outputs(request: Request, index: int, script: list[int], places: range) -> 
             yield Output(request.id, index, token, logprob=logprob, finish_reason=reason)
 
 
+@dataclass
+class AwakeLife:
+    """A replica's life without an end: its engine is there."""
+
+    engine: Any
+    state: str = "awake"
+
+    def wanted(self) -> None: ...
+
+    async def wake(self) -> None: ...
+
+
+def _no_adapter(adapter: Adapter) -> Found:
+    raise ModelNotFound(f"The model {adapter.model!r} does not exist.", param="model")
+
+
+async def _no_ranks(order: object) -> None:
+    raise AssertionError("there is no rank to order about")
+
+
 class ReplicaModels(EchoModels):
     """`Models` over a replica's own code, with a scripted engine behind it and a tokenizer from a directory. No weights."""
 
@@ -210,7 +233,8 @@ class ReplicaModels(EchoModels):
         replica._tokenizer, replica._tools = self.tokenizer, find_format(self.tokenizer)
         replica._cache_secret, replica._defaults, replica._room = b"secret", {}, 100_000
         replica._model = SimpleNamespace(vocab_size=self.tokenizer.vocab_size)  # type: ignore[assignment]
-        replica._group = SimpleNamespace(engine=self.engine)  # type: ignore[assignment]
+        replica._life = AwakeLife(self.engine)  # type: ignore[assignment]
+        replica._adapters = Adapters(find=_no_adapter, order=_no_ranks, slots=Slots(0, 0))
         replica._admission = SimpleNamespace(admit=self._admit)  # type: ignore[attr-defined]
         self.replica = replica
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cluster.errors import InvalidRequest, ModelNotServable, PlatformError, ReplicaLost, Unavailable
+from cluster.errors import Conflict, InvalidRequest, ModelNotServable, PlatformError, ReplicaLost, Unavailable
 from cluster.settings import EngineSettings
 from cluster.storage import Storage
 from cluster.types import Adapter, Sampling
@@ -259,7 +259,7 @@ async def test_a_storm_of_callers_over_a_real_engine_gets_the_right_answers(
         for _ in range(4):
             await asyncio.gather(*(call() for _ in range(15)))
     assert adapters.num_loads > 4, "slots were meant to change hands"
-    with pytest.raises(Unavailable, match="in use"):
+    with pytest.raises(Conflict, match="in use"):
         await _drop_one_in_use(engine, adapters, next(found for found in answers if found))
     engine._writer.close()  # type: ignore[union-attr]
 

@@ -19,7 +19,7 @@ from deployments.engine.local import LocalEngine
 from tests.deployments.engine import families
 from tests.deployments.gateway.conftest import serving
 from tests.deployments.tools.chats import CHATS
-from tests.fakes import ReplicaModels
+from tests.fakes import AwakeLife, ReplicaModels
 
 pytest.importorskip("deployments.engine.structured", reason="grammars are enforced by the engine's structured output")
 
@@ -69,7 +69,7 @@ def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     (directory / "chat_template.jinja").write_text(CHATS[request.param].template)
     models = ReplicaModels(directory)
     with LocalEngine(directory, settings=EngineSettings(native=False), blocks=400) as local:
-        models.replica._group.engine = RealEngine(local)  # type: ignore[assignment]
+        models.replica._life = AwakeLife(RealEngine(local))  # type: ignore[assignment]
         models.replica._model = local.info
         models.replica._room = 4096
         with serving(models) as server, server.client() as client:

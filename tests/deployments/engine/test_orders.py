@@ -227,7 +227,7 @@ def test_poison_stays_in_its_sequence_on_two_ranks(models: Models, two_ranks: Ca
 
 def test_answers_that_run_are_never_continued_with_other_weights(models: Models) -> None:
     with LocalEngine(models.first, settings=SETTINGS.model_copy(update=PATHS["native"])) as engine:
-        engine.engine.add(engine._request(0, HEALTHY[0], GREEDY))
+        engine.engine.add(engine._request(0, HEALTHY[0], GREEDY, None))
         tokens = [output.token for _ in range(4) for output in engine.engine.step()]
         with pytest.raises(Conflict):
             engine.obey(Swap(str(models.second)))

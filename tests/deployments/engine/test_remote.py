@@ -27,7 +27,9 @@ class CountingShard:
     """Stands for a loaded rank: counts up, and can be told to break or to wait."""
 
     spec: SimpleNamespace = field(
-        default_factory=lambda: SimpleNamespace(num_blocks=64, settings=EngineSettings(block_size=4, max_sequences=8))
+        default_factory=lambda: SimpleNamespace(
+            directory=Path("without-a-tokenizer"), num_blocks=64, settings=EngineSettings(block_size=4, max_sequences=8)
+        )
     )
     broken: bool = False
     gate: threading.Event = field(default_factory=threading.Event)
@@ -36,6 +38,10 @@ class CountingShard:
     is_asleep: bool = False
     obeyed: list[object] = field(default_factory=list)
     refuses: bool = False
+    choose: None = None  # the engine's own
+    depth: int = 1
+
+    def launch(self, batch: Batch) -> None: ...
 
     def execute(self, batch: Batch) -> object:
         self.gate.wait()
