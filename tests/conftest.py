@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-ALONE = {"tests/e2e": "platform"}
+ALONE = {"tests/e2e": "platform", "tests/e2e/clients": "platform"}
 """Folders whose files share what a session starts, and so a process."""
 
 
