@@ -8,8 +8,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUN := $(VENV)/.run-stamp
 DEV := $(VENV)/.dev-stamp
 LOCK := pyproject.toml constraints.txt
+PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: install up down status test check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak bench-structured bench-stages bench-quantization bench-tools bench-embeddings bench-life bench-gpu clean help
+.PHONY: install up down status test test-slow check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak bench-structured bench-stages bench-quantization bench-tools bench-embeddings bench-life bench-gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,8 +27,11 @@ down: $(RUN)  ## end every process of the platform
 status: $(RUN)  ## what runs and what is served
 	@$(BIN)/mmaas status
 
-test: $(DEV)  ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+test: $(DEV)  ## all tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+
+test-slow: $(DEV)  ## the slow ones: every family, real training, two nodes, other people's clients
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 check: lint  ## what must hold before anything is merged
 	$(BIN)/python -m mypy

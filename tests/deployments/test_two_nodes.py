@@ -39,6 +39,7 @@ def model(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     from ray import serve
     from ray.cluster_utils import Cluster
 
+    from deployments.llm import Edition
     from deployments.llm import build as application
 
     node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
@@ -57,7 +58,7 @@ def model(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         }
         settings = Settings(home=tmp_path_factory.mktemp("home"), engine=engine)
         deployment = Deployment("staged", str(directory), pp=2)
-        made = application(deployment, str(directory), "digest", b"secret", settings)
+        made = application(deployment, Edition(str(directory), "digest", "frame", "1"), b"secret", settings)
         serve.run(made, name="model-staged", route_prefix=None)
         yield serve.get_app_handle("model-staged")
         serve.shutdown()

@@ -67,7 +67,7 @@ class Verdict(pydantic.BaseModel):
 
 
 def test_the_official_client_parses_an_answer_of_the_form_that_it_asked_for(platform: RunningPlatform) -> None:
-    options = GREEDY | {"max_tokens": 350, "temperature": 1.0, "response_format": Verdict}
+    options = GREEDY | {"max_tokens": 200, "temperature": 1.0, "response_format": Verdict}
     parsed = platform.client().chat.completions.parse(**options).choices[0].message.parsed
     assert isinstance(parsed, Verdict)
     with platform.client().chat.completions.stream(**options) as stream:

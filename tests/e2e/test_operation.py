@@ -11,7 +11,6 @@ import threading
 import time
 
 import openai
-import psutil
 import pytest
 
 from cluster import launch, ports
@@ -152,15 +151,3 @@ def test_stopped_shard_is_taken_for_lost_and_replaced(platform: RunningPlatform)
     assert time.monotonic() - began < 3 * platform.settings.engine.step_deadline_s
     until(lambda: answers(platform), 120)
     assert victim.pid not in {process.pid for process in platform.shards()}
-
-
-def test_down_leaves_no_process_and_no_port(platform: RunningPlatform) -> None:
-    before = launch.family(platform.settings)
-    assert before
-    platform.mmaas("down")
-    assert launch.family(platform.settings) == []
-    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in before)
-    busy = {connection.laddr.port for connection in psutil.net_connections("inet") if connection.status == psutil.CONN_LISTEN}
-    ports = {int(value) for key, value in platform.environment.items() if key.endswith("_PORT")}
-    assert not busy & ports
-    assert "Nothing" in platform.mmaas("down").stdout

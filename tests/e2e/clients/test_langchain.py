@@ -5,8 +5,11 @@ The model has random weights. Where a test judges what the model says of itself,
 
 from __future__ import annotations
 
+import operator
+from functools import reduce
 from typing import Any
 
+import openai
 import pytest
 
 tests = pytest.importorskip("langchain_tests.integration_tests", reason="pip install langchain-tests")
@@ -16,6 +19,8 @@ from langchain_openai import ChatOpenAI, OpenAIEmbeddings  # noqa: E402
 from tests.e2e.clients.conftest import Served  # noqa: E402
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+QUESTION = "The same question as before, at some length, so that a block of its tokens is kept."
 
 
 class TestChatUnits(units.ChatModelUnitTests):  # type: ignore[misc, name-defined]
@@ -47,7 +52,10 @@ class TestChat(tests.ChatModelIntegrationTests):  # type: ignore[misc, name-defi
     def chat_model_params(self) -> dict[str, Any]:
         served = self._current
         connection = {"base_url": served.base_url, "api_key": served.api_key, "max_retries": 0, "use_responses_api": False}
-        return {**connection, "model": "caller", "max_tokens": 200, "seed": 3, "model_kwargs": {"logit_bias": served.taste}}
+        # LangChain keeps one client for all models; each test has an event loop of its own.
+        connection["http_async_client"] = openai.DefaultAsyncHttpxClient()
+        asked = {"model": "caller", "max_tokens": 200, "seed": 3, "model_kwargs": {"logit_bias": served.taste}}
+        return {**connection, **asked, "stream_usage": True}
 
     @property
     def supports_json_mode(self) -> bool:
@@ -64,11 +72,7 @@ class TestChat(tests.ChatModelIntegrationTests):  # type: ignore[misc, name-defi
     def invoke_with_cache_read_input(self, *, stream: bool = False) -> Any:
         model = self.chat_model_class(**self.chat_model_params)
         for _ in range(2):
-            answer = model.invoke("The same question as before, at some length.", stream_usage=True) if not stream else None
-            if stream:
-                answer = None
-                for chunk in model.stream("The same question as before, at some length."):
-                    answer = chunk if answer is None else answer + chunk
+            answer = reduce(operator.add, model.stream(QUESTION)) if stream else model.invoke(QUESTION)
         return answer
 
     @pytest.mark.xfail(reason="wants a string that isn't empty; this model's are", strict=False)
@@ -80,6 +84,14 @@ class TestChat(tests.ChatModelIntegrationTests):  # type: ignore[misc, name-defi
     )
     def test_json_mode(self, model: Any) -> None:
         super().test_json_mode(model)
+
+    @pytest.mark.xfail(reason="wants no argument where the schema allows any, as this model likes it", strict=False)
+    def test_tool_calling_with_no_arguments(self, model: Any) -> None:
+        super().test_tool_calling_with_no_arguments(model)
+
+    @pytest.mark.xfail(reason="wants certain words in an argument: the model must understand the question", strict=False)
+    def test_unicode_tool_call_integration(self, model: Any, **options: Any) -> None:
+        super().test_unicode_tool_call_integration(model, **options)
 
     @pytest.mark.xfail(reason="wants a call that nothing forces: the model must understand the question", strict=False)
     @pytest.mark.parametrize("model", [{}, {"output_version": "v1"}], indirect=True)
