@@ -58,8 +58,7 @@ def test_two_stages_give_the_tokens_of_transformers(models: Models, cache: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shares", [False, True])
-@pytest.mark.parametrize("path", ["torch", "native"])
+@pytest.mark.parametrize(("path", "shares"), [("torch", False), ("native", True)])
 def test_two_stages_of_two_parts_give_the_tokens_of_transformers(models: Models, cache: Path, path: str, shares: bool) -> None:
     check(models, {"llama": path, "gemma2": path}, cache, tp=2, pp=2, shares=shares)
 
