@@ -66,7 +66,7 @@ def test_every_family_loads_what_autotp_cuts_from_a_whole_model(
 def test_every_family_holds_what_is_planned_in_two_stages_of_two_parts(families: dict[str, Path], rank: int) -> None:
     place = Place(rank, tp=2, pp=2)
     found = lone_rank(rank, "2x2", "hold", *families.values())
-    told = {name: rank_sizes(take(path), 2, 2)[place.stage, place.part] for name, path in families.items()}
+    told = {name: rank_sizes(take(path), 2, 2, 1)[place.stage, place.part] for name, path in families.items()}
     assert told == {name: outcome["held"] for name, outcome in found.items()}
     assert {outcome["source"] for outcome in found.values()} == {"model"}
 
