@@ -1,9 +1,9 @@
 """What it costs to hold answers to a JSON schema: `python -m bench.structured`.
 
-One engine answers the same prompts freely and held to a schema, in turns, as many tokens each: the schema is an array that doesn't
-end before them. `forced` also tries the tokens that the schema leaves no choice about as guesses, which can't be wrong; that is how
-the default settings serve. The model has random weights and throws dice between what it may say, so a schema meets more of its ways
-than with a trained model. Then the time that the masks of a step take, and that a schema takes to compile.
+One engine answers the same prompts freely and held to a schema, in turns, as many tokens each: the schema is an array that
+doesn't end before them. `forced` also tries the tokens that the schema leaves no choice about as guesses, where that is measured
+to pay; that is how the default settings serve. The model has random weights and throws dice between what it may say, so a schema
+meets more of its ways than with a trained model. Then the time that the masks of a step take, and that a schema takes to compile.
 """
 
 from __future__ import annotations

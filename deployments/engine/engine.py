@@ -216,8 +216,7 @@ class Engine:
         if not slices:
             return False
         if self.speculation:
-            drafts = [self._guesses(*pair) for pair in zip(slices, self.speculation.drafts(slices), strict=True)]
-            slices = self.scheduler.extend(slices, drafts)
+            slices = self.scheduler.extend(slices, self.speculation.drafts(slices))
         self.scheduler.launch(slices)
         flight = Flight(slices, Batch.of(slices))
         self.launch(flight.batch)
@@ -284,13 +283,6 @@ class Engine:
             return {}
         allowed = self.grammars.allowed(list(matchers.values()), width)
         return {row: allowed[place] for place, (row, matcher) in enumerate(matchers.items()) if not matcher.has_failed}
-
-    def _guesses(self, item: Slice, draft: list[int]) -> list[int]:
-        """What a grammar forces is a guess that can't be wrong; else the guesses up to the first that it forbids."""
-        matcher = item.sequence.matcher
-        if matcher is None or not item.samples or item.count > 1 or self.speculation is None:
-            return draft
-        return matcher.forced(self.speculation.room(item)) or draft[: matcher.fitting(draft)]
 
     def _take(self, sequence: Sequence, sampled: Sampled) -> Output:
         cached = 0

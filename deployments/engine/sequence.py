@@ -10,6 +10,7 @@ from cluster.types import FinishReason, Priority, Sampling
 from deployments.engine.draft import Drafter
 
 if TYPE_CHECKING:
+    from deployments.engine.forced import ForcedDrafter
     from deployments.engine.structured import Matcher
 
 NO_TOKEN = -1
@@ -45,7 +46,7 @@ class Sequence:
     blocks: array[int] = field(default_factory=lambda: array("i"))
     num_sealed: int = 0  # blocks whose content the pool knows
     digests: list[bytes] = field(default_factory=list)  # of the full blocks' tokens, as far as known
-    drafter: Drafter | None = None  # since it decodes, where guessing is on
+    drafter: Drafter | ForcedDrafter | None = None  # since it decodes, where guessing is on
     matcher: Matcher | None = None  # where it is in its grammar, if its answer must have a form
     finish_reason: FinishReason | None = None
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from deployments.engine.draft import SURE, Drafter, Experience
+from deployments.engine.forced import ForcedDrafter, Habit
 from deployments.engine.scheduler import Slice
 
 ENOUGH = 3
@@ -68,6 +69,7 @@ class Speculation:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._experience = Experience()
+        self._habit = Habit()
         self._costs: defaultdict[int, Costs] = defaultdict(Costs)  # by number of decoders
         self._step = 0
 
@@ -94,13 +96,15 @@ class Speculation:
         costs.forget(self._step - MEMORY)
         return costs
 
-    def _drafter(self, item: Slice) -> Drafter | None:
+    def _drafter(self, item: Slice) -> Drafter | ForcedDrafter | None:
         """Of the sequence if it decodes in this step, that is, computes its last token alone."""
         sequence = item.sequence
         if item.count > 1 or not item.samples:
             return None
         if sequence.drafter is None:
-            sequence.drafter = Drafter(sequence.tokens, self._experience)
+            lookup = Drafter(sequence.tokens, self._experience)
+            held = sequence.matcher is not None
+            sequence.drafter = ForcedDrafter(sequence, lookup, self._habit, self.limit) if held else lookup
         return sequence.drafter
 
     def room(self, item: Slice) -> int:
