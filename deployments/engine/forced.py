@@ -10,6 +10,11 @@ from deployments.engine.draft import SURE, Drafter
 from deployments.engine.sequence import Sequence
 
 
+DOUBTFUL = 0.5
+"""A habit below is asked about in every eighth step alone: what is forced costs as much to find out as a small model's row."""
+RARELY = 8
+
+
 class Habit:
     """How often forced tokens came as the tokenizer writes them, of all sequences together. Begins undecided."""
 
@@ -30,12 +35,15 @@ class ForcedDrafter:
         self._limit = limit
         self._forced: list[int] = []
         self._seen = len(sequence.tokens)  # tokens when these were forced
+        self._steps = 0
 
     def chance(self) -> float:
         """How likely the first guessed token is right, 0.0 without a guess."""
         self._settle()
         found, matcher = self._lookup.chance(), self._sequence.matcher
-        self._forced = matcher.forced(self._limit) if matcher else []
+        self._steps += 1
+        asks = self._habit.share >= DOUBTFUL or self._steps % RARELY == 0
+        self._forced = matcher.forced(self._limit) if matcher and asks else []
         self._seen = len(self._sequence.tokens)
         return min(self._habit.share, SURE) if self._forced else found
 
