@@ -9,7 +9,6 @@ from __future__ import annotations
 from deployments.engine.draft import SURE, Drafter
 from deployments.engine.sequence import Sequence
 
-
 DOUBTFUL = 0.5
 """A habit below is asked about in every eighth step alone: what is forced costs as much to find out as a small model's row."""
 RARELY = 8
