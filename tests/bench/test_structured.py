@@ -25,8 +25,8 @@ def test_all_ways_answer_the_same_work(tmp_path: Path) -> None:
     engine.info = SimpleNamespace(max_model_len=1000)  # type: ignore[assignment]
     found = measure(engine, grammars, Work(2, prompt_tokens=6, output_tokens=60), dice.tokenizer.vocab_size, rounds=1)
     assert found.tokens_per_s.keys() == set(WAYS)
-    assert min(found.mask_us, found.forced_share) > 0
-    assert found.mask_us <= found.mask_p99_us
+    assert 0 < found.mask_us <= found.mask_p99_us
+    assert 0 <= found.forced_share < 1, "guesses are tried where they pay, and not each token is forced"
 
 
 def test_every_schema_of_the_corpus_is_one_that_is_served(tmp_path: Path) -> None:
