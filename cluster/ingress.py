@@ -117,6 +117,11 @@ def bind_inside() -> None:
     replica.add_port_to_grpc_server = add_port_inside
 
 
+def versioned(deployment: Any, version: str) -> Any:
+    """A Serve deployment that keeps its replicas as long as its version stays. Ray 2.60 has no public way to say so."""
+    return deployment.options(version=version, _internal=True)
+
+
 _ERRORS: dict[int, PlatformError] = {
     502: ReplicaLost("the gateway lost this request; send it again"),
     503: Unavailable("the gateway can't be reached now; try again", retry_after_s=1),

@@ -327,5 +327,6 @@ def build(deployment: Deployment, edition: Edition, cache_secret: bytes, setting
         logging_config={"enable_access_log": False},  # the gateway writes one record of every call
         **scaling,
     )
-    versioned = options(LLM).options(version=edition.version, _internal=True)  # Ray 2.60 has no public way to keep a version
-    return versioned.bind(deployment, edition, cache_secret, settings)
+    versioned = ingress.versioned(options(LLM), edition.version)
+    application: serve.Application = versioned.bind(deployment, edition, cache_secret, settings)
+    return application

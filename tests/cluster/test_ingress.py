@@ -70,3 +70,12 @@ def test_workers_get_an_allowlisted_environment(loaded: settings.Settings, monke
     assert environment["HF_HOME"] == "/models"
     assert environment["RAY_AUTH_MODE"] == "token"
     assert Path(environment["RAY_AUTH_TOKEN_PATH"]).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_version_that_stays_is_the_one_that_was_said() -> None:
+    from ray import serve
+
+    deployment = serve.deployment(name="kept", user_config={"files": "old"})(type("Kept", (), {}))
+    changed = deployment.options(user_config={"files": "new"})
+    assert [ingress.versioned(one, "7").version for one in (deployment, changed)] == ["7", "7"]
+    assert ingress.versioned(changed, "7").user_config == {"files": "new"}
