@@ -16,6 +16,9 @@ from deployments.gateway import exchange, limits
 from deployments.gateway.keys import Keys, bearer
 from deployments.gateway.stage import Stage
 
+BODY_S = 30.0
+"""Longest time for a body to arrive."""
+
 CONTROL_HEADERS = frozenset(
     {
         b"x-request-timeout-seconds",
@@ -124,5 +127,5 @@ class Body(Stage):
         self._max_body_bytes = max_body_bytes
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange.of(scope).body = await limits.read_body(receive, self._max_body_bytes)
+        exchange.of(scope).body = await limits.read_body(receive, self._max_body_bytes, BODY_S)
         await self.app(scope, receive, send)
