@@ -38,7 +38,7 @@ class SecurityHeaders(Stage):
 
 
 def guard(headers: Headers) -> Headers:
-    said = {name: value for name, value in headers}
+    said = dict(headers)
     missing = [(name, value) for name, value in ALWAYS if name not in said]
     if said.get(b"content-type", b"").startswith(b"text/html"):
         missing = [(name, PAGE if name == b"content-security-policy" else value) for name, value in missing]

@@ -1,10 +1,10 @@
 """The HTTP/1.1 that we speak on a socket: uvicorn's httptools protocol, with an end to everything that a client can draw out.
 
 uvicorn bounds neither the bytes of a head nor the time that it takes, nor a body that goes on after its answer, nor an answer that
-nobody reads. HAProxy bounds heads in front of us; this bounds the rest, and everything where there is no HAProxy. It knows bytes and
-clocks, nothing of keys or models. `install` puts it in the place of uvicorn's own choice, in every process where Serve is to listen:
-Serve makes its uvicorn itself and offers no way to name a protocol. httptools is a must, for uvicorn's other parser takes requests
-with two lengths.
+nobody reads. HAProxy bounds heads in front of us; this bounds the rest, and everything where there is no HAProxy. It knows bytes
+and clocks, nothing of keys or models. `install` puts it in the place of uvicorn's own choice, in every process where Serve is to
+listen: Serve makes its uvicorn itself and offers no way to name a protocol. httptools is a must, for uvicorn's other parser takes
+requests with two lengths.
 """
 
 from __future__ import annotations

@@ -205,7 +205,8 @@ def test_a_body_that_dribbles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_websocket_is_refused(quick: Server) -> None:
-    upgrade = b"Connection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    upgrade = b"Connection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    upgrade += b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
     received, _ = answer(address(quick.url), b"GET /v1/models HTTP/1.1\r\nHost: a\r\n" + upgrade)
     assert received.startswith(b"HTTP/1.1 401 ")
 

@@ -1,7 +1,7 @@
 """Requests that two readers could read differently: what one takes for a body must never become a request of its own.
 
-The same suite goes to our server alone and through a real HAProxy with the configuration that we run it with. It is aimed at uvicorn's
-other parser, too, where it must find what is wrong there.
+The same suite goes to our server alone and through a real HAProxy with the configuration that we run it with. It is aimed at
+uvicorn's other parser, too, where it must find what is wrong there.
 """
 
 from __future__ import annotations
