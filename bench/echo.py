@@ -1,8 +1,8 @@
 """A model that repeats, as a Serve deployment, and bare FastAPI on Serve in front of it: what a gateway is measured against.
 
-The model answers as a replica of ours does, with the same chunks, so that our gateway finds nothing changed. `Bare` is what one writes
-in ten lines: it parses JSON, calls the model over a handle and puts the answer together. It knows no keys, bounds,
-deadlines or errors.
+The model answers as a replica of ours does, with the same chunks, so that our gateway finds nothing changed. `Bare` is what one
+writes in ten lines: it parses JSON, calls the model over a handle and puts the answer together. It knows no keys, bounds, deadlines
+or errors.
 """
 
 from __future__ import annotations
