@@ -28,7 +28,7 @@ def openapi(app: FastAPI) -> Document:
     """In the place of FastAPI's own `openapi`."""
     if app.openapi_schema is None:
         found = FastAPI.openapi(app)
-        found["components"].setdefault("securitySchemes", {})["key"] = {"type": "http", "scheme": "bearer"}
+        found.setdefault("components", {}).setdefault("securitySchemes", {})["key"] = {"type": "http", "scheme": "bearer"}
         for route in app.routes:
             if isinstance(route, ScopedRoute) and route.include_in_schema:
                 for method in route.methods:

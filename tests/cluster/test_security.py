@@ -86,9 +86,11 @@ def test_our_gateway_passes_every_check() -> None:
 
 
 def test_every_check_of_the_gateway_finds_an_open_door() -> None:
-    with serving(app=open_door, wire="h11") as server:
-        found = statuses(security.check_gateway(door(server)))
-    assert found == dict.fromkeys(found, "fail")
+    """One of uvicorn's parsers takes ambiguous lengths, the other any number of Hosts."""
+    found = set()
+    for wire in ("h11", HttpToolsProtocol):
+        with serving(app=open_door, wire=wire) as server:
+            found |= {check.name for check in security.check_gateway(door(server)) if check.status == "fail"}
     assert len(found) == 8
 
 

@@ -53,7 +53,8 @@ def place(tmp_path: Path) -> Iterator[Place]:
     store.migrate()
     keys, before, level = Keys(store, pepper), logging.getLogger().handlers[:], logging.getLogger().level
     log.configure("DEBUG", written)
-    with serving(app=build_app(EchoModels(), keys.verify, GatewaySettings())) as server:
+    models = EchoModels()
+    with serving(models, app=build_app(models, keys.verify, GatewaySettings())) as server:
         made = [keys.create("acme", f"key {number}", ["inference", "admin"])[1] for number in range(10)]
         invented = [text[:15] + secrets.token_hex(32) + text[-8:] for text in made[:5]]
         yield Place(server, store, pepper, written, made + invented)
@@ -95,6 +96,9 @@ def leaked(place: Place) -> list[str]:
 def test_no_secret_is_ever_written_or_told(place: Place) -> None:
     use(place)
     place.server.models.error = RuntimeError(f"a fault that quotes {place.keys[0]}")
+    with place.server.http(place.keys[0]) as http:
+        place.answers.append(http.post("/v1/completions", json={"model": "echo", "prompt": "one"}).text)
+    assert "a fault that quotes" in place.written.getvalue()
     assert leaked(place) == []
     lines = [json.loads(line) for line in place.written.getvalue().splitlines()]
     assert len([line for line in lines if line["message"] == "request"]) >= 15 * 12
