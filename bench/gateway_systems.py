@@ -114,7 +114,7 @@ def _litellm(upstream: Entrance, workers: int) -> Iterator[Entrance]:
     [port] = free_ports(1)
     with tempfile.TemporaryDirectory(prefix="litellm-") as directory:
         path, log = Path(directory) / "config.json", Path(directory) / "log"
-        path.write_text(json.dumps(litellm_config(upstream.base_url)))
+        path.write_text(json.dumps(litellm_config(upstream)))
         command = [str(LITELLM_PROGRAM), "--config", str(path), "--host", "127.0.0.1", "--port", str(port)]
         environment = {"PATH": os.defpath, "HOME": directory, "LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
         with log.open("w") as output:
@@ -134,9 +134,9 @@ def _litellm(upstream: Entrance, workers: int) -> Iterator[Entrance]:
             end(process)
 
 
-def litellm_config(base_url: str) -> dict[str, object]:
+def litellm_config(upstream: Entrance) -> dict[str, object]:
     """YAML is a superset of JSON."""
-    behind = {"model": f"openai/{echo.NAME}", "api_base": base_url, "api_key": "none"}
+    behind = {"model": f"openai/{echo.NAME}", "api_base": upstream.base_url, "api_key": upstream.key}
     return {
         "model_list": [{"model_name": echo.NAME, "litellm_params": behind}],
         "general_settings": {"master_key": "sk-bench"},

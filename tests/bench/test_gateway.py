@@ -84,6 +84,6 @@ async def test_the_echo_model_speaks_as_ours_do() -> None:
 
 
 def test_litellm_has_one_model_behind_it_and_a_key() -> None:
-    config = json.loads(json.dumps(litellm_config("http://127.0.0.1:1/bare/v1")))
+    config = json.loads(json.dumps(litellm_config(Entrance("http://127.0.0.1:1/bare/v1"))))
     assert config["model_list"][0]["litellm_params"]["api_base"] == "http://127.0.0.1:1/bare/v1"
     assert config["general_settings"]["master_key"] == "sk-bench"
