@@ -31,7 +31,7 @@ def openapi(app: FastAPI) -> Document:
         found.setdefault("components", {}).setdefault("securitySchemes", {})["key"] = {"type": "http", "scheme": "bearer"}
         for route in app.routes:
             if isinstance(route, ScopedRoute) and route.include_in_schema:
-                for method in route.methods:
+                for method in route.methods or ():
                     _complete(found["paths"][route.path_format][method.lower()], method, route.scope)
     assert app.openapi_schema is not None
     return app.openapi_schema

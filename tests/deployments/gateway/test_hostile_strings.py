@@ -81,7 +81,7 @@ class Attack:
             self.found.append(f"{place}: {text[:40]!r}: {status}")
         if status >= 400 and not is_envelope(said):
             self.found.append(f"{place}: {text[:40]!r}: no envelope in {said[:80]!r}")
-        if status >= 400 and (leak := LEAKS.search(unescaped(said).replace(text[:256], ""))):
+        if status >= 400 and (leak := LEAKS.search(without(text[:256], unescaped(said)))):
             self.found.append(f"{place}: {text[:40]!r}: says {leak[0]!r}")
         if PRODUCT in said:
             self.found.append(f"{place}: {text[:40]!r} was evaluated")
@@ -130,6 +130,11 @@ def unescaped(said: str) -> str:
         return " ".join(str(value) for value in json.loads(said)["error"].values())
     except (ValueError, KeyError, TypeError):
         return said
+
+
+def without(text: str, said: str) -> str:
+    """A caller's own word may be told back, as it is or as Python writes it."""
+    return said.replace(text, "").replace(repr(text)[1:-1], "")
 
 
 def documented(document: dict[str, Any]) -> dict[tuple[str, str], set[int]]:
