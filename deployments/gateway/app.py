@@ -188,7 +188,13 @@ def build_app(models: Models, verify_key: Verify, settings: GatewaySettings, *, 
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         exception_handlers={HTTPException: _refused, RequestValidationError: _invalid},
-        middleware=middleware.pipeline(gate=shared.gate, keys=shared.keys, public=public, max_body_bytes=settings.max_body_bytes),
+        middleware=middleware.pipeline(
+            gate=shared.gate,
+            keys=shared.keys,
+            public=public,
+            max_body_bytes=settings.max_body_bytes,
+            hosts=frozenset(name.lower() for name in settings.names),
+        ),
     )
     app.router.routes.extend(router.routes)  # not include_router, which hides them from the check below
     public_paths(app.routes)

@@ -14,7 +14,7 @@ from deployments.gateway.scopes import PUBLIC, ScopedRoute
 
 Document = dict[str, Any]
 
-ANYWHERE = (400, 408, 413, 500, 503)
+ANYWHERE = (400, 408, 413, 421, 500, 503)
 """How any route may refuse, whoever asks: heads, bodies and a full house."""
 WITH_KEY = (401, 403, 404, 429)
 WITH_BODY = (409, 504)

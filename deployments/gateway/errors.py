@@ -32,6 +32,13 @@ class RequestTooSlow(InvalidRequest):
     code = "request_timeout"
 
 
+class Misdirected(InvalidRequest):
+    """Raised when a request is for a name that isn't ours."""
+
+    status = 421
+    code = "misdirected_request"
+
+
 class HeadTooLong(InvalidRequest):
     """Raised when a request's line and headers are more than anybody needs."""
 

@@ -118,7 +118,9 @@ async def _never() -> Message:
     return await never
 
 
-def pipeline(*, gate: Gate, keys: Keys, public: frozenset[str], max_body_bytes: int) -> list[Middleware]:
+def pipeline(
+    *, gate: Gate, keys: Keys, public: frozenset[str], max_body_bytes: int, hosts: frozenset[str] = frozenset()
+) -> list[Middleware]:
     """The stages, outermost first. The order is the policy: refuse as early and as cheaply as can be."""
     return [
         Middleware(SecurityHeaders),
@@ -127,7 +129,7 @@ def pipeline(*, gate: Gate, keys: Keys, public: frozenset[str], max_body_bytes: 
         Middleware(ErrorEnvelope),
         Middleware(DropControlHeaders),
         Middleware(Admission, gate=gate, public=public),
-        Middleware(Limits, max_body_bytes=max_body_bytes),
+        Middleware(Limits, max_body_bytes=max_body_bytes, hosts=hosts),
         Middleware(Authenticate, keys=keys, public=public),
         Middleware(Body, max_body_bytes=max_body_bytes),
         Middleware(Disconnect),

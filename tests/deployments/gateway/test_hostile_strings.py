@@ -25,7 +25,7 @@ from deployments.gateway.app import build_app
 from deployments.gateway.scopes import ScopedRoute, requires
 from tests.deployments.gateway.conftest import Server, serving
 from tests.deployments.gateway.hostile import LEAKS, PRODUCT, Place, corpus, places, targets, with_string
-from tests.deployments.gateway.sockets import address
+from tests.deployments.gateway.sockets import address, answer
 from tests.fakes import EchoModels, KeyRing
 
 WATCHED = ("open", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen")
@@ -195,6 +195,16 @@ def test_every_hostile_string_in_every_place(app: FastAPI) -> None:
     going = attack(app, each=len(corpus()))
     assert going.found[:10] == []
     assert not Path("/tmp/mmaas-hostile").exists()
+
+
+def test_hostile_credentials_are_refused_before_any_look_up(app: FastAPI) -> None:
+    with serving() as server:
+        for text in corpus():
+            value = text.encode("utf-8", "surrogatepass").replace(b"\r", b"").replace(b"\n", b"").replace(b"\x00", b"")
+            head = b"GET /v1/models HTTP/1.1\r\nHost: a\r\nConnection: close\r\nAuthorization: Bearer " + value + b"\r\n\r\n"
+            received, _ = answer(address(server.url), head, 5)
+            assert received[9:12] in (b"401", b"400"), text
+        assert server.keys.lookups < len(corpus())
 
 
 @requires("inference")
