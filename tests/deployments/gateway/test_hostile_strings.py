@@ -160,7 +160,8 @@ def app() -> FastAPI:
 def attack(app: FastAPI, each: int) -> Attack:
     document = json.loads(json.dumps(app.openapi()))
     with serving(app=app) as server:
-        server.http(KeyRing.ADMIN).get("/v1/models")  # what is imported late is imported
+        with server.http(KeyRing.ADMIN) as http:
+            http.get("/v1/models")  # what is imported late is imported
         going = Attack(server, documented(document))
         going.run(dealt(places(document), corpus(), each))
     return going
