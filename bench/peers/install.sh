@@ -37,6 +37,7 @@ zentorch() {  # vLLM's extra for AMD Zen; beside the environment, so that vLLM c
 litellm() {  # a proxy and no engine, so without torch; a release of it once started code of a stranger by a .pth file
     [ -x .venv-litellm/bin/python ] || "$python" -m venv .venv-litellm
     .venv-litellm/bin/pip install --quiet --only-binary :all: -r bench/peers/requirements-litellm.txt
+    [ -x .venv-litellm/bin/litellm ] || { echo "an install was cut short: remove .venv-litellm and repeat" >&2; exit 1; }
     strange=$(find .venv-litellm -name '*.pth' ! -name 'distutils-precedence.pth')
     [ -z "$strange" ] || { echo "unexpected files that Python would run at every start: $strange" >&2; exit 1; }
 }
