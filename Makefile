@@ -10,7 +10,7 @@ DEV := $(VENV)/.dev-stamp
 LOCK := pyproject.toml constraints.txt
 PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: install up down status test test-slow check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak bench-structured bench-stages bench-quantization bench-tools bench-embeddings bench-life bench-gpu clean help
+.PHONY: install up down status test test-slow check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak bench-structured bench-stages bench-quantization bench-tools bench-embeddings bench-life bench-gateway bench-gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -96,6 +96,9 @@ bench-embeddings: $(DEV)  ## rows per second of embeddings beside sentence-trans
 
 bench-life: $(DEV)  ## what safety costs; how quickly a model sleeps, wakes and takes other weights
 	$(BIN)/python -m bench.life
+
+bench-gateway: $(DEV)  ## what our gateway adds to a request, beside LiteLLM's proxy (bench/peers/install.sh litellm)
+	$(BIN)/python -m bench.gateway
 
 bench-gpu: $(DEV)  ## one GPU's tokens a second beside its own limits
 	$(BIN)/python -m bench.gpu

@@ -91,12 +91,12 @@ def vllm(name: str, model: str, *, threads: int, max_sequences: int) -> Iterator
         )
         try:
             base_url = f"http://127.0.0.1:{port}"
-            if not _is_up(process, base_url):
+            if not is_up(process, base_url):
                 log.seek(0)
                 raise RuntimeError(f"{name} didn't come up: {log.read()[-3000:]}")
             yield Endpoint(f"{base_url}/v1", model.lower(), versions=_versions(engine))
         finally:
-            _end(process)
+            end(process)
 
 
 def serve_command(engine: Engine, model: str, port: int, max_sequences: int) -> list[str]:
@@ -112,17 +112,17 @@ def serve_command(engine: Engine, model: str, port: int, max_sequences: int) -> 
     ]
 
 
-def _is_up(process: subprocess.Popen[bytes], base_url: str) -> bool:
+def is_up(process: subprocess.Popen[bytes], base_url: str, path: str = "/health") -> bool:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and process.poll() is None:
         with suppress(httpx.HTTPError):
-            if httpx.get(f"{base_url}/health", trust_env=False, timeout=5).is_success:
+            if httpx.get(f"{base_url}{path}", trust_env=False, timeout=5).is_success:
                 return True
         time.sleep(0.5)
     return False
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """It and all that it started: they are one session."""
     for sign, patience_s in ((signal.SIGTERM, 20), (signal.SIGKILL, 5)):
         with suppress(ProcessLookupError):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import haproxy
-from cluster.errors import DeadlineExceeded, PlatformError, ReplicaLost, Unavailable
+from cluster.errors import DeadlineExceeded, NotFound, PlatformError, ReplicaLost, Unavailable
 from cluster.private_files import private_directory
 from cluster.settings import Settings
 
@@ -62,6 +62,7 @@ def environment(settings: Settings, directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "state"),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(hard_stop_s),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "75",  # without a byte from or to a caller; a stream is never silent for so long
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # of a replica that leaves; HAProxy forgets it within a second
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(first),
@@ -123,6 +124,7 @@ def versioned(deployment: Any, version: str) -> Any:
 
 
 _ERRORS: dict[int, PlatformError] = {
+    404: NotFound("there is no such route"),
     502: ReplicaLost("the gateway lost this request; send it again"),
     503: Unavailable("the gateway can't be reached now; try again", retry_after_s=1),
     504: DeadlineExceeded("the gateway did not answer in time"),
@@ -134,7 +136,7 @@ def _answer(status: int, error: PlatformError) -> bytes:
     body = json.dumps({"error": {"message": error.message, "type": error.type, "param": None, "code": error.public_code}})
     retry = f"Retry-After: {error.retry_after_s:.0f}\r\n" if error.retry_after_s else ""
     head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\nCache-Control: no-store\r\n{retry}"
-    return f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode()
+    return f"{head}X-Content-Type-Options: nosniff\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode()
 
 
 def main() -> None:

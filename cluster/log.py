@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -17,6 +18,8 @@ from typing import Any, TextIO
 
 _fields: ContextVar[Mapping[str, object]] = ContextVar("mmaas_log_fields", default={})  # noqa: B039 - never mutated
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_KEY = re.compile(r"(mk[a-z_]*_[0-9a-f]{12})[0-9a-f]{64,72}")
+"""A key of ours that a caller put where it doesn't belong: into a name, a path, a message. Its id stays."""
 _QUIET = ("httpx", "httpcore", "urllib3", "alembic", "asyncio")
 
 
@@ -53,7 +56,7 @@ class JsonFormatter(logging.Formatter):
         line |= {key: value for key, value in {**bound(), **extra}.items() if key not in line}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=True, default=str).replace("\x7f", "\\u007f")
+        return _KEY.sub(r"\1...", json.dumps(line, ensure_ascii=True, default=str).replace("\x7f", "\\u007f"))
 
 
 class _OurHandler(logging.StreamHandler[TextIO]):

@@ -53,6 +53,8 @@ class GatewaySettings(_Section):
     """The one port that callers use."""
     host: str = "127.0.0.1"
     """Address that the gateway's port binds."""
+    names: tuple[str, ...] = ()
+    """Names by which callers may call the gateway (the Host header, without its port); others get 421. Empty: any name."""
     internal_port: int = Field(default=30000, ge=1024, le=65436)
     """First of 100 ports where the gateway's replicas listen inside, behind HAProxy."""
     replicas: int = Field(default=1, ge=1, le=64)

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs the competitors, each into a virtual environment of its own at the root of the repository, so that none of them can
-# change a package of ours. Usage: bench/peers/install.sh [vllm] [openvino]   (both without an argument)
+# change a package of ours. Usage: bench/peers/install.sh [vllm] [openvino] [litellm]   (the engines without an argument)
 set -eu
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3.11}
@@ -34,10 +34,19 @@ zentorch() {  # vLLM's extra for AMD Zen; beside the environment, so that vLLM c
         .venv-vllm/bin/pip install --quiet --no-deps --target .venv-vllm/zentorch -r bench/peers/requirements-zentorch.txt
 }
 
+litellm() {  # a proxy and no engine, so without torch; a release of it once started code of a stranger by a .pth file
+    [ -x .venv-litellm/bin/python ] || "$python" -m venv .venv-litellm
+    .venv-litellm/bin/pip install --quiet --only-binary :all: -r bench/peers/requirements-litellm.txt
+    [ -x .venv-litellm/bin/litellm ] || { echo "an install was cut short: remove .venv-litellm and repeat" >&2; exit 1; }
+    strange=$(find .venv-litellm -name '*.pth' ! -name 'distutils-precedence.pth')
+    [ -z "$strange" ] || { echo "unexpected files that Python would run at every start: $strange" >&2; exit 1; }
+}
+
 for peer in ${*:-vllm openvino}; do
     case $peer in
         vllm) environment vllm; tcmalloc; cli_entry; zentorch ;;
         openvino) environment openvino ;;
-        *) echo "unknown peer $peer; there are vllm and openvino" >&2; exit 2 ;;
+        litellm) litellm ;;
+        *) echo "unknown peer $peer; there are vllm, openvino and litellm" >&2; exit 2 ;;
     esac
 done

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -13,12 +14,12 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from cluster import metrics
 from cluster.errors import DeadlineExceeded, InvalidRequest
 from cluster.settings import GatewaySettings
-from deployments.gateway import answering, encoding, errors, exchange, limits, middleware
+from deployments.gateway import answering, document, encoding, errors, exchange, limits, middleware
 from deployments.gateway.entrance import KEEPALIVE_S, Entrance
 from deployments.gateway.keys import Verify
 from deployments.gateway.openai import models
@@ -71,7 +72,7 @@ async def ready(request: Request) -> Response:
     return json_response({"ready": any(states.values()), "models": states, "asleep": asleep}, 200 if any(states.values()) else 503)
 
 
-@router.get("/metrics", tags=["operation"])
+@router.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
 @requires("admin")
 async def prometheus(request: Request) -> Response:
     """This process and the engines behind it in Prometheus' text format."""
@@ -187,11 +188,18 @@ def build_app(models: Models, verify_key: Verify, settings: GatewaySettings, *, 
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         exception_handlers={HTTPException: _refused, RequestValidationError: _invalid},
-        middleware=middleware.pipeline(gate=shared.gate, keys=shared.keys, public=public, max_body_bytes=settings.max_body_bytes),
+        middleware=middleware.pipeline(
+            gate=shared.gate,
+            keys=shared.keys,
+            public=public,
+            max_body_bytes=settings.max_body_bytes,
+            hosts=frozenset(name.lower() for name in settings.names),
+        ),
     )
     app.router.routes.extend(router.routes)  # not include_router, which hides them from the check below
     public_paths(app.routes)
     app.state.entrance = shared
+    app.openapi = partial(document.openapi, app)  # type: ignore[method-assign]
     return app
 
 

@@ -25,6 +25,27 @@ class MethodNotAllowed(InvalidRequest):
     code = "method_not_allowed"
 
 
+class RequestTooSlow(InvalidRequest):
+    """Raised when a request doesn't arrive in time. 408, so that nobody takes it for a slow model."""
+
+    status = 408
+    code = "request_timeout"
+
+
+class Misdirected(InvalidRequest):
+    """Raised when a request is for a name that isn't ours."""
+
+    status = 421
+    code = "misdirected_request"
+
+
+class HeadTooLong(InvalidRequest):
+    """Raised when a request's line and headers are more than anybody needs."""
+
+    status = 431
+    code = "headers_too_large"
+
+
 class ClientGone(Exception):
     """Raised inside the gateway when the caller hung up: there is nobody left to answer."""
 

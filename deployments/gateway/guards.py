@@ -13,8 +13,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cluster import metrics
 from cluster.errors import InvalidRequest, Overloaded, PayloadTooLarge
 from deployments.gateway import exchange, limits
+from deployments.gateway.errors import Misdirected
 from deployments.gateway.keys import Keys, bearer
 from deployments.gateway.stage import Stage
+
+BODY_S = 30.0
+"""Longest time for a body to arrive."""
 
 CONTROL_HEADERS = frozenset(
     {
@@ -82,17 +86,20 @@ class Admission(Stage):
 
 
 class Limits(Stage):
-    """What the head alone tells: exactly one Host, no encoded body, no body that announces itself as too long."""
+    """What the head alone tells: exactly one Host, one of ours, no encoded body, no body that announces itself as too long."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, hosts: frozenset[str]) -> None:
+        """`hosts`: our names, none for any."""
         super().__init__(app)
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes, self._hosts = max_body_bytes, hosts
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         names = [name for name, _ in scope["headers"]]
         headers = dict(scope["headers"])
         if names.count(b"host") != 1:
             raise InvalidRequest(f"A request needs exactly one Host header, not {names.count(b'host')}.")
+        if self._hosts and host_name(headers[b"host"]) not in self._hosts:
+            raise Misdirected("There is no such host here.")
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise InvalidRequest("An encoded body is not accepted: send it without Content-Encoding.")
         length = headers.get(b"content-length", b"0")
@@ -101,6 +108,12 @@ class Limits(Stage):
         if int(length) > self._max_body_bytes:
             raise PayloadTooLarge(f"The body of {int(length)} bytes is longer than {self._max_body_bytes}.")
         await self.app(scope, receive, send)
+
+
+def host_name(value: bytes) -> str:
+    """The name of a Host header, without its port."""
+    name, colon, port = value.decode("latin-1").lower().rpartition(":")
+    return name if colon and (port.isdigit() or not port) else value.decode("latin-1").lower()
 
 
 class Authenticate(Stage):
@@ -124,5 +137,5 @@ class Body(Stage):
         self._max_body_bytes = max_body_bytes
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange.of(scope).body = await limits.read_body(receive, self._max_body_bytes)
+        exchange.of(scope).body = await limits.read_body(receive, self._max_body_bytes, BODY_S)
         await self.app(scope, receive, send)

@@ -13,11 +13,8 @@ from typing import Any
 import msgspec
 from starlette.types import Receive
 
-from cluster.errors import DeadlineExceeded, InvalidRequest, PayloadTooLarge
-from deployments.gateway.errors import ClientGone
-
-BODY_S = 30.0
-"""Longest time for a body to arrive."""
+from cluster.errors import InvalidRequest, PayloadTooLarge
+from deployments.gateway.errors import ClientGone, RequestTooSlow
 
 OFF_LOOP_BYTES = 64 << 10
 """Longer bodies are decoded in a thread, so that one caller's megabytes never stop the others' tokens."""
@@ -26,8 +23,8 @@ _LONG_NUMBER = re.compile(rb"\d{19}")
 _INT64 = range(-(1 << 63), 1 << 63)
 
 
-async def read_body(receive: Receive, max_bytes: int, seconds: float = BODY_S) -> bytes:
-    """The whole body. Raises PayloadTooLarge at the first byte too many, DeadlineExceeded for one that dribbles."""
+async def read_body(receive: Receive, max_bytes: int, seconds: float) -> bytes:
+    """The whole body. Raises PayloadTooLarge at the first byte too many, RequestTooSlow for one that dribbles."""
     parts, size = [], 0
     try:
         async with asyncio.timeout(seconds):
@@ -43,7 +40,7 @@ async def read_body(receive: Receive, max_bytes: int, seconds: float = BODY_S) -
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError:
-        raise DeadlineExceeded(f"The body did not arrive within {seconds:g} s.") from None
+        raise RequestTooSlow(f"The body did not arrive within {seconds:g} s.") from None
 
 
 async def read_json(raw: bytes, max_depth: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from deployments.gateway.errors import ClientGone
 from deployments.gateway.exchange import Exchange, client_request_id
 from deployments.gateway.guards import Admission, Authenticate, Body, DropControlHeaders, Gate, Limits
 from deployments.gateway.keys import Keys
+from deployments.gateway.security_headers import SecurityHeaders
 from deployments.gateway.stage import Stage
 
 logger = logging.getLogger(__name__)
@@ -117,15 +118,18 @@ async def _never() -> Message:
     return await never
 
 
-def pipeline(*, gate: Gate, keys: Keys, public: frozenset[str], max_body_bytes: int) -> list[Middleware]:
+def pipeline(
+    *, gate: Gate, keys: Keys, public: frozenset[str], max_body_bytes: int, hosts: frozenset[str] = frozenset()
+) -> list[Middleware]:
     """The stages, outermost first. The order is the policy: refuse as early and as cheaply as can be."""
     return [
+        Middleware(SecurityHeaders),
         Middleware(RequestId),
         Middleware(AccessLog),
         Middleware(ErrorEnvelope),
         Middleware(DropControlHeaders),
         Middleware(Admission, gate=gate, public=public),
-        Middleware(Limits, max_body_bytes=max_body_bytes),
+        Middleware(Limits, max_body_bytes=max_body_bytes, hosts=hosts),
         Middleware(Authenticate, keys=keys, public=public),
         Middleware(Body, max_body_bytes=max_body_bytes),
         Middleware(Disconnect),

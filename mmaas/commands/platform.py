@@ -59,14 +59,18 @@ def status(as_json: JSON = False) -> None:
         view.render(found, console())
 
 
-def doctor(as_json: JSON = False) -> None:
+def doctor(
+    as_json: JSON = False,
+    security: Annotated[bool, typer.Option("--security", help="Knock at the running system as a stranger would.")] = False,
+) -> None:
     """Check machine, installation and running platform, and say what to do. Exit status 1 when a check fails."""
     import dataclasses
 
     from cluster import doctor, settings
+    from cluster import security as stranger
     from mmaas.output import write_json
 
-    checks = doctor.examine(settings.load())
+    checks = (stranger if security else doctor).examine(settings.load())
     if as_json:
         write_json([dataclasses.asdict(check) for check in checks])
     else:

@@ -44,7 +44,7 @@ def test_headers_that_steer_serve_are_dropped_at_the_front_only() -> None:
     tight = haproxy.tighten(CONFIG, "127.0.0.1:8000", "/run", {})
     front = tight.split("frontend http_frontend")[1].split("backend app")[0]
     assert all(f"http-request del-header {header}" in front for header in haproxy.SERVE_HEADERS)
-    assert tight.count("del-header") == len(haproxy.SERVE_HEADERS)
+    assert tight.count("http-request del-header") == len(haproxy.SERVE_HEADERS)
 
 
 def test_errors_are_ours() -> None:

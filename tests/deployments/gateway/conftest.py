@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -13,9 +14,11 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from starlette.types import ASGIApp
 
 from cluster.settings import GatewaySettings
 from deployments.gateway.app import build_app
+from deployments.gateway.wire import Wire
 from tests.fakes import EchoModels, KeyRing
 
 
@@ -34,11 +37,18 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(models: EchoModels | None = None, keepalive_s: float = 15.0, **options: object) -> Iterator[Server]:
+def serving(
+    models: EchoModels | None = None,
+    keepalive_s: float = 15.0,
+    wire: type[asyncio.Protocol] | str = Wire,
+    app: ASGIApp | None = None,
+    **options: object,
+) -> Iterator[Server]:
+    """`wire`: how HTTP is spoken; `app`: served in the gateway's place."""
     models, keys = models or EchoModels(), KeyRing()
-    app = build_app(models, keys.verify, GatewaySettings(**options), keepalive_s=keepalive_s)
+    app = app or build_app(models, keys.verify, GatewaySettings(**options), keepalive_s=keepalive_s)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, http="httptools", lifespan="off"))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, http=wire, lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         eventually(lambda: server.started)

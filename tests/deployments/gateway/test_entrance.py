@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from deployments.gateway.app import router
 from deployments.gateway.scopes import DOCUMENTATION, PUBLIC, ScopedRoute
-from tests.deployments.gateway.conftest import Server, eventually
+from tests.deployments.gateway.conftest import Server, eventually, serving
 from tests.fakes import KeyRing
 
 CHAT = "/v1/chat/completions"
@@ -166,6 +166,15 @@ def test_exactly_one_host(server: Server, hosts: bytes) -> None:
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 400")
     assert b'"error"' in answer
+
+
+def test_only_our_own_names_are_answered_where_they_are_said() -> None:
+    with serving(names=("api.example.org", "127.0.0.1")) as server, server.http() as http:
+        for host in ("api.example.org", "API.example.org:8000", "127.0.0.1"):
+            assert http.get("/health", headers={"host": host}).status_code == 200
+        for host in ("evil.example", "api.example.org.evil.example", "api.example.org:80:80", ":", "[::1]:8000"):
+            refused = http.get("/health", headers={"host": host})
+            assert (refused.status_code, error_of(refused)["code"]) == (421, "misdirected_request")
 
 
 def test_request_ids_are_ours_and_unique(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:

@@ -45,7 +45,7 @@ async def passed(stage: Any, headers: list[tuple[bytes, bytes]]) -> tuple[list[t
     async def send(message: Any) -> None:
         sent.extend(message["headers"])
 
-    await stage(app)({"type": "http", "headers": headers}, None, send)
+    await stage(app)({"type": "http", "path": "/v1/models", "headers": headers}, None, send)
     return seen, sent
 
 
@@ -64,6 +64,30 @@ async def test_the_front_keeps_the_callers_identifier_and_lets_only_ours_out() -
     assert seen == [(b"x-client-request-id", b"mine")]
     assert sent == [(b"x-request-id", b"ours"), (b"a", b"1")]
     assert first_of(b"x", []) == []
+
+
+@pytest.mark.parametrize(("is_outermost", "status"), [(True, 404), (False, 200)])
+async def test_serves_own_pages_are_closed_where_no_haproxy_is_in_front(is_outermost: bool, status: int) -> None:
+    sent: list[Any] = []
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await Front(serve, is_outermost=is_outermost)({"type": "http", "path": "/-/routes", "headers": []}, None, send)
+    assert sent[0]["status"] == status
+
+
+async def test_a_websocket_passes_no_stage() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await DropControlHeaders(None)({"type": "websocket", "path": "/", "headers": []}, None, send)
+    assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
 def test_a_route_without_a_scope_cannot_be_registered() -> None:

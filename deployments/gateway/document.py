@@ -1,0 +1,50 @@
+"""Completes the OpenAPI document with what routes don't say themselves: who may call them, and how each may refuse.
+
+A test holds the answers of every route against it, so a status that isn't here may not be answered.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+
+from deployments.gateway.scopes import PUBLIC, ScopedRoute
+
+Document = dict[str, Any]
+
+ANYWHERE = (400, 408, 413, 421, 500, 503)
+"""How any route may refuse, whoever asks: heads, bodies and a full house."""
+WITH_KEY = (401, 403, 404, 429)
+WITH_BODY = (409, 504)
+"""Of a route that does something: a conflict, and a model that takes too long."""
+
+_REFUSAL = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
+_STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "Chunks, if `stream` is true."}}}
+
+
+def openapi(app: FastAPI) -> Document:
+    """In the place of FastAPI's own `openapi`."""
+    if app.openapi_schema is None:
+        found = FastAPI.openapi(app)
+        found.setdefault("components", {}).setdefault("securitySchemes", {})["key"] = {"type": "http", "scheme": "bearer"}
+        for route in app.routes:
+            if isinstance(route, ScopedRoute) and route.include_in_schema:
+                for method in route.methods or ():
+                    _complete(found["paths"][route.path_format][method.lower()], method, route.scope)
+    assert app.openapi_schema is not None
+    return app.openapi_schema
+
+
+def _complete(operation: Document, method: str, scope: str) -> None:
+    operation["x-scope"] = scope
+    if scope != PUBLIC:
+        operation["security"] = [{"key": []}]
+    answers = operation["responses"]
+    answers.pop("default", None)
+    for status in (*ANYWHERE, *(WITH_KEY if scope != PUBLIC else ()), *(WITH_BODY if method == "POST" else ())):
+        answers.setdefault(str(status), {"description": HTTPStatus(status).phrase, "content": _REFUSAL})
+    body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+    if "stream" in body.get("properties", {}):
+        answers["200"]["content"] |= _STREAM
