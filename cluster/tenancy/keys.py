@@ -67,8 +67,8 @@ api_keys = Table(
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What may be shown of a key. Without a project it is an admin key. Times are seconds since the epoch. `is_open`: neither
-    revoked nor expired, and its owner and project are there."""
+    """What may be shown of a key. Without a project it is an admin key. Times are seconds since the epoch. `has_owner`: its owner and
+    its project are still there; `is_open`: that, and it is neither revoked nor expired."""
 
     id: str
     organization: str
@@ -82,6 +82,7 @@ class Key:
     last_used_at: float | None
     replaced_by: str | None
     owner: ServiceAccount | User | None
+    has_owner: bool
     is_open: bool
 
     @property
@@ -170,14 +171,14 @@ class Keys:
             row = connection.execute(_of(organization, project).where(api_keys.c.id == key_id)).one_or_none()
             return self._key(paging.only(row, "key"))
 
-    def page(self, organization: str, project: str | None, asked: Asked = FIRST, *, is_open: bool | None = None) -> Page[Key]:
-        """A project's keys or the organization's admin keys, without the revoked ones; `is_open`: only those whose owner still has
-        access (True) or doesn't (False). Raises NotFound for the project."""
+    def page(self, organization: str, project: str | None, asked: Asked = FIRST, *, has_owner: bool | None = None) -> Page[Key]:
+        """A project's keys or the organization's admin keys, without the revoked ones; `has_owner`: only those whose owner is
+        still there (True) or isn't (False). Raises NotFound for the project."""
         query = _of(organization, project)
-        if is_open is not None:
+        if has_owner is not None:
             gone = service_accounts.service_accounts.c.deleted_at.is_not(None) | users.users.c.deleted_at.is_not(None)
             gone |= projects.projects.c.archived_at.is_not(None)
-            query = query.where(sa.not_(gone) if is_open else gone)
+            query = query.where(sa.not_(gone) if has_owner else gone)
         with self._store.read() as connection:
             if project is not None:
                 projects.find(connection, organization, project)
@@ -285,7 +286,8 @@ class Keys:
             logger.warning("last use of a key was not written", extra={"key_id": key_id})
 
     def _key(self, row: Any) -> Key:
-        is_open = row.revoked_at is None and not _owner_gone(row) and (row.expires_at is None or row.expires_at > self._clock())
+        has_ended = row.revoked_at is not None or (row.expires_at is not None and row.expires_at <= self._clock())
+        has_owner = not _owner_gone(row)
         return Key(
             row.id,
             row.organization_id,
@@ -299,7 +301,8 @@ class Keys:
             row.last_used_at,
             row.replaced_by,
             _owner(row),
-            is_open,
+            has_owner,
+            has_owner and not has_ended,
         )
 
     def _digest(self, secret: str) -> bytes:

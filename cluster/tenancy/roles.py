@@ -96,6 +96,18 @@ class Roles:
             rows = connection.execute(_custom(organization, project).order_by(roles.c.created_at, roles.c.id)).all()
         return cut([*predefined(project), *map(_role, rows)], asked)
 
+    def names(self, organization: str, project: str | None) -> dict[str, str]:
+        """Every role's name by its id."""
+        with self._store.read() as connection:
+            custom = {row.id: row.name for row in connection.execute(_custom(organization, project))}
+        return {role.id: role.name for role in predefined(project)} | custom
+
+    def resolve(self, organization: str, project: str | None, named: str) -> Role:
+        """By id or by name. Raises InvalidRequest for what is neither."""
+        with self._store.read() as connection:
+            _level(connection, organization, project)
+            return resolve(connection, organization, project, named)
+
     def update(
         self,
         organization: str,

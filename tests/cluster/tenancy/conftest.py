@@ -19,7 +19,7 @@ class Clock:
         return self.now
 
 
-@pytest.fixture(scope="session", params=["sqlite", "postgres"])
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
 def migrated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     is_sqlite = request.param == "sqlite"
     directory = tmp_path_factory.mktemp("tenancy")

@@ -113,8 +113,8 @@ def test_the_keys_of_a_deleted_service_account_end(accounts: Accounts) -> None:
         accounts.keys.verify(text)
     with pytest.raises(NotFound):
         accounts.service_accounts.get(DEFAULT, DEFAULT, account)
-    assert [key.id for key in accounts.keys.page(DEFAULT, DEFAULT, is_open=False).items] == [key_id]
-    assert accounts.keys.page(DEFAULT, DEFAULT, is_open=True).items == []
+    assert [key.id for key in accounts.keys.page(DEFAULT, DEFAULT, has_owner=False).items] == [key_id]
+    assert accounts.keys.page(DEFAULT, DEFAULT, has_owner=True).items == []
 
 
 @pytest.mark.parametrize("name", ["", " ", "a\nb", "x" * 101, "nul\x00"])
