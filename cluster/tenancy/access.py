@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -14,7 +15,7 @@ from cluster.tenancy.users import project_users, users
 
 def in_organization(connection: Connection, organization: str, user: str) -> frozenset[str]:
     """Permissions of the organization. Nobody's are none."""
-    first = connection.scalar(_live(organization, user))
+    first: str | None = connection.scalar(_live(organization, user))
     if first is None:
         return frozenset()
     return _union(connection, organization, None, [first, *_assigned(connection, None, user)])
@@ -31,7 +32,7 @@ def in_project(connection: Connection, organization: str, project: str, user: st
     return _union(connection, organization, project, [*first, *_assigned(connection, project, user)]) if first else None
 
 
-def _live(organization: str, user: str) -> sa.Select[tuple[str]]:
+def _live(organization: str, user: str) -> sa.Select[Any]:
     return sa.select(users.c.role_id).where(
         users.c.id == user, users.c.organization_id == organization, users.c.deleted_at.is_(None)
     )

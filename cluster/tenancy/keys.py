@@ -67,8 +67,8 @@ api_keys = Table(
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What may be shown of a key. Without a project it is an admin key. Times are seconds since the epoch. `has_owner`: its owner and
-    its project are still there; `is_open`: that, and it is neither revoked nor expired."""
+    """What may be shown of a key. Without a project it is an admin key. Times are seconds since the epoch. `has_owner`: its owner
+    and its project are still there; `is_open`: that, and it is neither revoked nor expired."""
 
     id: str
     organization: str

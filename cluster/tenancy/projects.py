@@ -86,15 +86,11 @@ class Projects:
     def create(self, organization: str, name: str) -> Project:
         """Raises InvalidRequest for its name, NotFound for the organization."""
         self.organization(organization)
-        values = {
-            "id": paging.new_id("proj"),
-            "organization_id": organization,
-            "name": paging.checked_name(name),
-            "created_at": self._clock(),
-        }
+        made = Project(paging.new_id("proj"), organization, paging.checked_name(name), self._clock(), None)
+        values = {"id": made.id, "organization_id": organization, "name": name, "created_at": made.created_at}
         with self._store.begin() as connection:
             connection.execute(projects.insert().values(values))
-            return find(connection, organization, values["id"])
+        return made
 
     def get(self, organization: str, project: str) -> Project:
         """Raises NotFound, also for another organization's."""
@@ -141,7 +137,8 @@ def find_live(connection: Connection, organization: str, project: str) -> Projec
 
 def owner(connection: Connection, project: str) -> str:
     """The organization of a project, for the command line, which asks for none. Raises NotFound."""
-    return paging.only(connection.scalar(sa.select(projects.c.organization_id).where(projects.c.id == project)), "project")
+    found: str | None = connection.scalar(sa.select(projects.c.organization_id).where(projects.c.id == project))
+    return paging.only(found, "project")
 
 
 def _project(row: Any) -> Project:

@@ -165,14 +165,15 @@ class Roles:
             _level(connection, organization, project)
             return [find(connection, organization, project, role) for role in assigned(connection, project, kind, holder)]
 
+    def find_assigned(self, organization: str, project: str | None, kind: Kind, holder: str, role: str) -> Role:
+        """One of the roles that were assigned."""
+        found = [one for one in self.assigned(organization, project, kind, holder) if one.id == role]
+        return paging.only(found[0] if found else None, "assignment")
+
     def take(self, organization: str, project: str | None, kind: Kind, holder: str, role: str) -> None:
+        found = self.find_assigned(organization, project, kind, holder, role)
         with self._store.begin() as connection:
-            _level(connection, organization, project)
-            found = find(connection, organization, project, role)
-            if found.id not in assigned(connection, project, kind, holder):
-                paging.only(None, "assignment")
-            given = _given(project, kind, holder) & (assignments.c.role_id == found.id)
-            connection.execute(assignments.delete().where(given))
+            connection.execute(assignments.delete().where(_given(project, kind, holder), assignments.c.role_id == found.id))
 
 
 def predefined(project: str | None) -> list[Role]:
@@ -184,7 +185,8 @@ def find(connection: Connection, organization: str, project: str | None, role: s
     """By id. Raises NotFound."""
     if role in PREDEFINED and (PREDEFINED[role].level == "project") == (project is not None):
         return _ready(role)
-    return _role(paging.only(connection.execute(_custom(organization, project).where(roles.c.id == role)).one_or_none(), "role"))
+    row = connection.execute(_custom(organization, project).where(roles.c.id == role)).one_or_none()
+    return _role(paging.only(row, "role"))
 
 
 def resolve(connection: Connection, organization: str, project: str | None, named: str) -> Role:

@@ -216,7 +216,7 @@ def _index_by_time(table: str, column: str) -> None:
 
 
 def _rows(*columns: str, table: str = "api_keys") -> list[dict[str, Any]]:
-    names = [sa.column(name) for name in columns]
+    names: list[sa.ColumnClause[Any]] = [sa.column(name) for name in columns]
     return [dict(row) for row in op.get_bind().execute(sa.select(*names).select_from(sa.table(table, *names))).mappings()]
 
 

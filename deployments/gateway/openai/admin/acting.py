@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Depends, Path, Query
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -21,13 +21,14 @@ from cluster.tenancy.accounts import Accounts
 from cluster.tenancy.paging import MOST, Asked
 from cluster.types import Principal
 from deployments.gateway import exchange, limits
+from deployments.gateway.openai.bounded import Bounded
 from deployments.gateway.openai.types import parse
 from deployments.gateway.responses import json_response
 from deployments.gateway.routes import entrance
 
 logger = logging.getLogger(__name__)
 
-Form = TypeVar("Form", bound=BaseModel)
+Form = TypeVar("Form", bound=Bounded)
 _SIGNS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
