@@ -19,16 +19,14 @@ def create(
     project: Annotated[str, typer.Option("--project", "--tenant", help="Id of the project whose calls the key makes.")] = "default",
     name: Annotated[str, typer.Option(help="What the key is for.")] = "unnamed",
     scope: Annotated[list[str] | None, typer.Option(help="inference, annotate; repeat for several.")] = None,
-    model: Annotated[
-        list[str] | None, typer.Option(help="A model that the key is for; repeat for several. Every one by default.")
-    ] = None,
+    model: Annotated[list[str] | None, typer.Option(help="A model that the key is for; repeat for several.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="An admin key, of an organization instead of a project.")] = False,
     organization: Annotated[str, typer.Option(help="Id of an admin key's organization.")] = "default",
     user: Annotated[str | None, typer.Option(help="Id of the user whose key it is.")] = None,
     days: Annotated[float | None, typer.Option(min=0.0, help="Days until it expires; never by default.")] = None,
     as_json: JSON = False,
 ) -> None:
-    """Make a key and show it, this once. An admin key's scopes: admin (the platform, too; the default), organization, or single ones."""
+    """Make a key and show it, this once. An admin key's scope is admin (the platform, too) unless said otherwise."""
     import time
 
     from mmaas.commands import accounts
