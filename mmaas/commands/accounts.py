@@ -39,6 +39,16 @@ def every(page: Callable[[Asked], Page[Item]], key: Callable[[Item], str]) -> li
             return found
 
 
+def say(told: dict[str, object], text: str, *, as_json: bool) -> None:
+    """What was made: all of it for programs, one line for people."""
+    from mmaas.output import console, write_json
+
+    if as_json:
+        write_json(told)
+    else:
+        console().print(text, markup=False, soft_wrap=True)
+
+
 def day(seconds: float | None) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M") if seconds else ""
 

@@ -17,11 +17,10 @@ Owner = Annotated[str, typer.Option("--organization", help="Id of the organizati
 def create_organization(name: Annotated[str, typer.Argument(help="What it is called.")], as_json: JSON = False) -> None:
     """Make an organization. Its first admin key comes from `mmaas keys create --admin --organization ID --scope organization`."""
     from mmaas.commands import accounts
-    from mmaas.output import console, write_json
 
     with accounts.opened() as opened:
         made = opened.projects.found(name)
-    write_json({"id": made.id, "name": made.name}) if as_json else console().print(made.id, markup=False)
+    accounts.say({"id": made.id, "name": made.name}, made.id, as_json=as_json)
 
 
 @organizations.command("list")
@@ -44,11 +43,10 @@ def create(
 ) -> None:
     """Make a project and show its id."""
     from mmaas.commands import accounts
-    from mmaas.output import console, write_json
 
     with accounts.opened() as opened:
         made = opened.projects.create(organization, name)
-    write_json({"id": made.id, "name": made.name}) if as_json else console().print(made.id, markup=False)
+    accounts.say({"id": made.id, "name": made.name}, made.id, as_json=as_json)
 
 
 @app.command("list")

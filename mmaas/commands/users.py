@@ -25,14 +25,13 @@ def invite(
     """Invite somebody and show the token to hand over, this once."""
     from cluster.errors import InvalidRequest
     from mmaas.commands import accounts
-    from mmaas.output import console, write_json
 
     within = dict(text.partition("=")[::2] for text in project or ())
     if not all(within.values()):
         raise InvalidRequest("write --project PROJECT=ROLE", param="project")
     with accounts.opened() as opened:
         made, token = opened.invites.create(organization, email, role, within)
-    write_json({"id": made.id, "token": token}) if as_json else console().print(token, markup=False)
+    accounts.say({"id": made.id, "token": token}, token, as_json=as_json)
 
 
 @app.command()
@@ -43,11 +42,10 @@ def accept(
 ) -> None:
     """Accept an invitation and show the new user's id."""
     from mmaas.commands import accounts
-    from mmaas.output import console, write_json
 
     with accounts.opened() as opened:
         made = opened.invites.accept(token, name)
-    write_json({"id": made.id, "email": made.email}) if as_json else console().print(made.id, markup=False)
+    accounts.say({"id": made.id, "email": made.email}, made.id, as_json=as_json)
 
 
 @app.command("list")

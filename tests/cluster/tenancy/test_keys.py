@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,21 @@ def test_a_rotated_key_and_its_successor_overlap(keys: Keys, clock: Clock) -> No
     keys.revoke(new_id)
     with pytest.raises(Conflict):
         keys.rotate(new_id)
+
+
+def test_of_several_rotations_at_once_one_succeeds(keys: Keys) -> None:
+    old_id, _ = keys.create("acme", "test")
+
+    def rotated(_: int) -> bool:
+        try:
+            keys.rotate(old_id)
+        except Conflict:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as threads:
+        assert sorted(threads.map(rotated, range(4))) == [False, False, False, True]
+    assert len(keys.list("acme")) == 2
 
 
 def test_rotation_never_lengthens_a_life(keys: Keys, clock: Clock) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import sqlalchemy as sa
 
 from cluster.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthenticated
 from cluster.tenancy import permissions
 from cluster.tenancy.accounts import Accounts
-from cluster.tenancy.invites import LIFE_S
+from cluster.tenancy.invites import LIFE_S, invites
 from cluster.tenancy.paging import Asked
 from cluster.tenancy.permissions import ORGANIZATION, PREDEFINED, PROJECT, READING, expand
 from cluster.tenancy.projects import DEFAULT
@@ -220,11 +222,22 @@ def test_an_invitation_is_accepted_once_and_in_time(accounts: Accounts, clock: C
         accounts.invites.accept(late, "Bob")
 
 
+def test_an_invitation_makes_one_user_whoever_is_first(accounts: Accounts) -> None:
+    _, token = accounts.invites.create(DEFAULT, "ada@example.org", "reader")
+
+    def accepted(number: int) -> bool:
+        try:
+            accounts.invites.accept(token, f"Ada {number}")
+        except NotFound:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as threads:
+        assert sorted(threads.map(accepted, range(4))) == [False, False, False, True]
+    assert len(accounts.users.list(DEFAULT).items) == 1
+
+
 def test_the_database_holds_no_token_of_an_invitation(accounts: Accounts) -> None:
-    import sqlalchemy as sa
-
-    from cluster.tenancy.invites import invites
-
     _, token = accounts.invites.create(DEFAULT, "ada@example.org", "reader")
     with accounts.invites._store.read() as connection:
         assert token not in str(connection.execute(sa.select(invites)).one())

@@ -14,19 +14,22 @@ import openai
 import pytest
 from openai.resources.admin.organization import Organization as Administration
 
+from cluster.errors import ModelNotFound
+from cluster.settings import GatewaySettings
 from cluster.store import Store
 from cluster.tenancy.accounts import Accounts
 from cluster.tenancy.projects import DEFAULT
+from deployments.gateway import calls
 from deployments.gateway.app import router
+from deployments.gateway.entrance import Entrance
 from deployments.gateway.openai.admin.routes import routes
 from deployments.gateway.scopes import PUBLIC, ScopedRoute
 from tests.deployments.gateway.conftest import Server, eventually, serving
 from tests.deployments.gateway.test_specification import DOCUMENT, _nullable
+from tests.fakes import EchoModels
 
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "one two"}]}
 COMPONENTS = _nullable(DOCUMENT["components"])
-WITHOUT_SCHEMA = {"rotate"}
-"""Last words of routes that the published document doesn't have."""
 
 
 @dataclass
@@ -47,12 +50,11 @@ class Conformity:
                 jsonschema.Draft202012Validator({**_nullable(operations[method]), "components": COMPONENTS}).validate(answer.json())
 
 
-@dataclass
 class Office:
-    server: Server
-    accounts: Accounts
-    conformity: Conformity
-    admin_key: str
+    def __init__(self, server: Server, accounts: Accounts, admin_key: str) -> None:
+        self.server, self.accounts, self.admin_key = server, accounts, admin_key
+        self.conformity = Conformity()
+        self._root = self.client()
 
     def client(self, key: str | None = None, *, admin: str | None = None) -> openai.OpenAI:
         hooks = {"response": [self.conformity.check]}
@@ -67,7 +69,10 @@ class Office:
 
     @property
     def organization(self) -> Administration:
-        return self.client().admin.organization
+        return self._root.admin.organization
+
+    def close(self) -> None:
+        self._root.close()
 
     def call(self, method: str, path: str, key: str, body: Any = None) -> httpx.Response:
         return httpx.request(
@@ -82,7 +87,9 @@ def office(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
     accounts = Accounts(store, b"pepper")
     _, admin_key = accounts.keys.create_admin(DEFAULT, "root", ["organization"])
     with serving(accounts=accounts) as server:
-        yield Office(server, accounts, Conformity(), admin_key)
+        office = Office(server, accounts, admin_key)
+        yield office
+        office.close()
     store.close()
 
 
@@ -172,6 +179,15 @@ def test_a_key_calls_only_the_models_of_its_list(office: Office) -> None:
             return [model.id for model in caller.models.list()] == ["echo"]
 
     eventually(may_call)
+
+
+async def test_a_handle_holds_a_key_to_its_models(office: Office) -> None:
+    entrance = Entrance.of(EchoModels(), office.accounts.keys.verify, GatewaySettings())
+    _, text = office.accounts.keys.create(DEFAULT, "choosy", models=["other"])
+    with pytest.raises(ModelNotFound):
+        [part async for part in calls.call(entrance, text, "chat.completions", CHAT)]
+    [listed] = [part async for part in calls.call(entrance, text, "models.list", {})]
+    assert listed["data"] == []
 
 
 def test_rotation_over_http(office: Office) -> None:

@@ -22,13 +22,12 @@ USERS = "/v1/organization/users"
 MEMBERS = "/v1/organization/projects/{project_id}/users"
 INVITES = "/v1/organization/invites"
 Emails = Annotated[list[str] | None, Query(max_length=100)]
+EmailsInBrackets = Annotated[list[str] | None, Query(max_length=100, alias="emails[]")]
 
 
 @router.get(USERS, response_model=answers.Cursor[answers.User])
 @requires("users.read")
-def list_users(
-    request: Request, asked: Paged, emails: Emails = None, emails_in_brackets: Annotated[Emails, Query(alias="emails[]")] = None
-) -> Response:
+def list_users(request: Request, asked: Paged, emails: Emails = None, emails_in_brackets: EmailsInBrackets = None) -> Response:
     """`emails` can be repeated, with or without brackets: the official clients write `emails[]`."""
     act = Act.of(request)
     wanted = [email for email in (*(emails or ()), *(emails_in_brackets or ())) if email.isprintable()]
