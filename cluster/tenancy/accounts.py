@@ -29,8 +29,9 @@ class Accounts:
         self.keys = Keys(store, pepper, clock)
 
     def permissions(self, organization: str, kind: Kind, holder: str) -> frozenset[str]:
-        """What a user may do in the organization, or what a group gives to its users."""
+        """What a user may do in the organization, or what a group gives to its users. Raises NotFound for the group."""
         if kind == "group":
+            self.groups.get(organization, holder)
             return frozenset().union(*(role.permissions for role in self.roles.assigned(organization, None, kind, holder)))
         with self._store.read() as connection:
             return access.in_organization(connection, organization, holder)
