@@ -191,13 +191,11 @@ def find(connection: Connection, organization: str, project: str | None, role: s
 
 def resolve(connection: Connection, organization: str, project: str | None, named: str) -> Role:
     """By id or by name. Raises InvalidRequest for what is neither."""
-    known = {role.id: role for role in predefined(project)} | {
-        row.id: _role(row) for row in connection.execute(_custom(organization, project))
-    }
-    for role in known.values():
+    known = [*predefined(project), *map(_role, connection.execute(_custom(organization, project)))]
+    for role in known:
         if named in (role.id, role.name):
             return role
-    names = ", ".join(role.name for role in known.values())
+    names = ", ".join(role.name for role in known)
     raise InvalidRequest(f"role is not one of {names}, nor the id of one.", param="role")
 
 

@@ -6,9 +6,11 @@ import bisect
 import hmac
 import math
 import random
+import statistics
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +24,9 @@ from cluster.tenancy.keys import Keys, api_keys
 from cluster.tenancy.projects import DEFAULT
 from cluster.types import Principal
 
-SAMPLES = 400
-TRIES = 4
-"""Two equal distributions fail the bound of 0.01 once in a hundred times; that they fail it four times running is no chance."""
+SAMPLES = 600
+TRIES = 5
+"""Two equal distributions fail the bound of 0.01 once in a hundred times; that they fail it three times of five is no chance."""
 
 
 def p_value(one: list[float], other: list[float]) -> float:
@@ -41,8 +43,8 @@ def with_checksum(body: str) -> str:
 
 
 def tells_apart(verify: Callable[[str], object], one: list[str], other: list[str]) -> bool:
-    """Whether the times of the two kinds differ, each time that it is looked at."""
-    return all(p_value(*_times(verify, one, other)) < 0.01 for _ in range(TRIES))
+    """Whether the times of the two kinds differ, most times that it is looked at."""
+    return statistics.median(p_value(*_times(verify, one, other)) for _ in range(TRIES)) < 0.01
 
 
 def _times(verify: Callable[[str], object], one: list[str], other: list[str]) -> tuple[list[float], list[float]]:
@@ -55,6 +57,15 @@ def _times(verify: Callable[[str], object], one: list[str], other: list[str]) ->
             verify(text)
         taken[kind].append(time.perf_counter() - before)
     return taken
+
+
+@pytest.fixture
+def accounts(tmp_path: Path) -> Iterator[Accounts]:
+    """On SQLite alone: the way to Postgres varies more than what is looked for, and would hide it."""
+    store = Store(f"sqlite:///{tmp_path}/mmaas.db")
+    store.migrate()
+    yield Accounts(store, b"pepper")
+    store.close()
 
 
 @pytest.fixture
