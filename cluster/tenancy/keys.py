@@ -1,8 +1,7 @@
 """API keys: made, verified, rotated, revoked.
 
-A key reads `mk_` + 12 hexadecimal digits of id + 64 of secret (256 bits) + 8 of CRC32 over all before. The checksum lets a scanner
-tell a leaked key from noise without asking us. Stored is HMAC-SHA256(pepper, secret): neither a copy of the database nor a look at
-it yields a key. The text of a key is returned once, when it is made, and is never logged or put into an error.
+Stored is HMAC-SHA256(pepper, secret): neither a copy of the database nor a look at it yields a key. The text of a key
+(`key_text.py`) is returned once, when it is made, and is never logged or put into an error.
 
 Two worlds: a *project key* belongs to a service account or a user of a project and calls models; an *admin key* belongs to an
 organization, or to a user of it, and administers. A user's key does what its scopes and the user's roles both allow.
@@ -16,20 +15,18 @@ import logging
 import re
 import secrets
 import time
-import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import Column, Connection, Float, ForeignKey, Index, LargeBinary, String, Table, Text
+from sqlalchemy import Connection
 
 from cluster.errors import Conflict, InvalidRequest, NotFound, Unauthenticated
-from cluster.store import Store, metadata
+from cluster.store import Store
 from cluster.tenancy import access, paging, permissions, projects, service_accounts, users
+from cluster.tenancy.key_records import Key, api_keys, key_of, of_place, owned, owner_gone, split
+from cluster.tenancy.key_text import parsed, written
 from cluster.tenancy.paging import FIRST, Asked, Page
-from cluster.tenancy.service_accounts import ServiceAccount
-from cluster.tenancy.users import User
 from cluster.types import Principal
 
 logger = logging.getLogger(__name__)
@@ -39,56 +36,8 @@ LAST_USED_S = 60.0
 OVERLAP_S = 86400.0
 """How long a rotated key still works, unless said otherwise."""
 MAX_MODELS = 100
-_TEXT = re.compile(r"(mk_([0-9a-f]{12})([0-9a-f]{64}))([0-9a-f]{8})")
 _MODEL = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._:/-]{0,127}\Z")
 _UNKNOWN_DIGEST = secrets.token_bytes(32)
-
-api_keys = Table(
-    "api_keys",
-    metadata,
-    Column("id", String(12), primary_key=True),
-    Column("organization_id", String(63), ForeignKey("organizations.id", name="fk_api_keys_organization"), nullable=False),
-    Column("project_id", String(63), ForeignKey("projects.id", name="fk_api_keys_project")),  # none: an admin key
-    Column("service_account_id", String(63), ForeignKey("service_accounts.id", name="fk_api_keys_service_account")),
-    Column("user_id", String(63), ForeignKey("users.id", name="fk_api_keys_user")),
-    Column("name", String(100), nullable=False),
-    Column("digest", LargeBinary(32), nullable=False),  # HMAC-SHA256(pepper, secret); the secret itself is stored nowhere
-    Column("scopes", Text, nullable=False),  # words separated by one space, as `models` are
-    Column("models", Text),  # none: every model
-    Column("created_at", Float(53), nullable=False),  # seconds since the epoch, here and below
-    Column("expires_at", Float(53)),
-    Column("revoked_at", Float(53)),
-    Column("last_used_at", Float(53)),
-    Column("replaced_by", String(12)),  # the key that it was rotated to
-    Index("ix_api_keys_organization_id_created_at", "organization_id", "created_at"),
-    Index("ix_api_keys_project_id_created_at", "project_id", "created_at"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """What may be shown of a key. Without a project it is an admin key. Times are seconds since the epoch. `has_owner`: its owner
-    and its project are still there; `is_open`: that, and it is neither revoked nor expired."""
-
-    id: str
-    organization: str
-    project: str | None
-    name: str
-    scopes: frozenset[str]
-    models: frozenset[str] | None
-    created_at: float
-    expires_at: float | None
-    revoked_at: float | None
-    last_used_at: float | None
-    replaced_by: str | None
-    owner: ServiceAccount | User | None
-    has_owner: bool
-    is_open: bool
-
-    @property
-    def redacted(self) -> str:
-        """What tells this key from others in a list: its public id."""
-        return f"mk_{self.id}{'*' * 8}"
 
 
 class Keys:
@@ -153,13 +102,13 @@ class Keys:
 
         An unknown id costs the same query and the same comparison as a wrong secret, so that time does not tell which ids exist.
         """
-        key_id, secret = _parse(text)
+        key_id, secret = parsed(text)
         digest = sa.select(api_keys.c.digest).where(api_keys.c.id == key_id).scalar_subquery()
         with self._store.read() as connection:
             expected = connection.scalar(sa.select(sa.func.coalesce(digest, sa.literal(_UNKNOWN_DIGEST, sa.LargeBinary))))
             if not hmac.compare_digest(self._digest(secret), bytes(expected)):
                 raise Unauthenticated("the API key is not valid")
-            row = connection.execute(_owned().where(api_keys.c.id == key_id)).one()
+            row = connection.execute(owned().where(api_keys.c.id == key_id)).one()
             principal = self._principal(connection, row)
         if row.last_used_at is None or row.last_used_at + LAST_USED_S <= self._clock():
             self._used(key_id)
@@ -168,13 +117,13 @@ class Keys:
     def get(self, organization: str, project: str | None, key_id: str) -> Key:
         """A project's key, or an admin key. Raises NotFound, also for one that was revoked."""
         with self._store.read() as connection:
-            row = connection.execute(_of(organization, project).where(api_keys.c.id == key_id)).one_or_none()
-            return self._key(paging.only(row, "key"))
+            row = connection.execute(of_place(organization, project).where(api_keys.c.id == key_id)).one_or_none()
+            return self._shown(paging.only(row, "key"))
 
     def page(self, organization: str, project: str | None, asked: Asked = FIRST, *, has_owner: bool | None = None) -> Page[Key]:
         """A project's keys or the organization's admin keys, without the revoked ones; `has_owner`: only those whose owner is
         still there (True) or isn't (False). Raises NotFound for the project."""
-        query = _of(organization, project)
+        query = of_place(organization, project)
         if has_owner is not None:
             gone = service_accounts.service_accounts.c.deleted_at.is_not(None) | users.users.c.deleted_at.is_not(None)
             gone |= projects.projects.c.archived_at.is_not(None)
@@ -182,15 +131,15 @@ class Keys:
         with self._store.read() as connection:
             if project is not None:
                 projects.find(connection, organization, project)
-            return paging.read(connection, query, (api_keys.c.created_at, api_keys.c.id), asked, self._key)
+            return paging.read(connection, query, (api_keys.c.created_at, api_keys.c.id), asked, self._shown)
 
     def list(self, project: str | None = None) -> list[Key]:
         """Every key by time of creation, revoked ones too; all or one project's."""
-        query = _owned().order_by(api_keys.c.created_at, api_keys.c.id)
+        query = owned().order_by(api_keys.c.created_at, api_keys.c.id)
         if project is not None:
             query = query.where(api_keys.c.project_id == project)
         with self._store.read() as connection:
-            return [self._key(row) for row in connection.execute(query)]
+            return [self._shown(row) for row in connection.execute(query)]
 
     def update(
         self,
@@ -226,10 +175,10 @@ class Keys:
             raise InvalidRequest("The overlap is 0 to 366 days.", param="overlap_seconds")
         with self._store.begin() as connection:
             same = api_keys.c.id == key_id
-            old = connection.execute(_owned().where(same).with_for_update(of=api_keys)).one_or_none()
+            old = connection.execute(owned().where(same).with_for_update(of=api_keys)).one_or_none()
             if old is None:
                 raise NotFound(f"there is no key {key_id!r}", param="key_id")
-            if not self._key(old).is_open or old.replaced_by is not None:
+            if not self._shown(old).is_open or old.replaced_by is not None:
                 raise Conflict("A key that works no more, or has a successor, can't be rotated.")
             kept = ("organization_id", "project_id", "service_account_id", "user_id", "name", "scopes", "models", "expires_at")
             new_id, text = self._insert(connection, {column: getattr(old, column) for column in kept})
@@ -263,17 +212,17 @@ class Keys:
         key_id, secret = secrets.token_hex(6), secrets.token_hex(32)
         own = {"id": key_id, "digest": self._digest(secret), "created_at": self._clock()}
         connection.execute(api_keys.insert().values({**row, **own}))
-        return key_id, _text(key_id, secret)
+        return key_id, written(key_id, secret)
 
     def _principal(self, connection: Connection, row: Any) -> Principal:
-        if row.revoked_at is not None or _owner_gone(row):
+        if row.revoked_at is not None or owner_gone(row):
             raise Unauthenticated("the API key was revoked")
         if row.expires_at is not None and row.expires_at <= self._clock():
             raise Unauthenticated("the API key has expired")
         scopes = permissions.expand(row.scopes.split())
         if row.user_id is not None:
             scopes &= _held(connection, row)
-        return Principal(row.project_id or "", row.id, scopes, row.organization_id, _split(row.models))
+        return Principal(row.project_id or "", row.id, scopes, row.organization_id, split(row.models))
 
     def _used(self, key_id: str) -> None:
         """A store that can't be written now is no reason to turn a caller away."""
@@ -285,59 +234,11 @@ class Keys:
         except sa.exc.OperationalError:
             logger.warning("last use of a key was not written", extra={"key_id": key_id})
 
-    def _key(self, row: Any) -> Key:
-        has_ended = row.revoked_at is not None or (row.expires_at is not None and row.expires_at <= self._clock())
-        has_owner = not _owner_gone(row)
-        return Key(
-            row.id,
-            row.organization_id,
-            row.project_id,
-            row.name,
-            frozenset(row.scopes.split()),
-            _split(row.models),
-            row.created_at,
-            row.expires_at,
-            row.revoked_at,
-            row.last_used_at,
-            row.replaced_by,
-            _owner(row),
-            has_owner,
-            has_owner and not has_ended,
-        )
+    def _shown(self, row: Any) -> Key:
+        return key_of(row, self._clock())
 
     def _digest(self, secret: str) -> bytes:
         return hmac.digest(self._pepper, bytes.fromhex(secret), hashlib.sha256)
-
-
-def _owned() -> sa.Select[Any]:
-    """Keys with what is known of their owner and project."""
-    account, user = service_accounts.service_accounts, users.users
-    columns = (
-        *(account.c[name].label(f"account_{name}") for name in ("name", "role", "created_at", "deleted_at")),
-        *(user.c[name].label(f"user_{name}") for name in ("name", "email", "role_id", "created_at", "deleted_at")),
-        projects.projects.c.archived_at,
-    )
-    joined = api_keys.outerjoin(account, account.c.id == api_keys.c.service_account_id)
-    joined = joined.outerjoin(user, user.c.id == api_keys.c.user_id)
-    joined = joined.outerjoin(projects.projects, projects.projects.c.id == api_keys.c.project_id)
-    return sa.select(api_keys, *columns).select_from(joined)
-
-
-def _of(organization: str, project: str | None) -> sa.Select[Any]:
-    query = _owned().where(api_keys.c.organization_id == organization, api_keys.c.revoked_at.is_(None))
-    return query.where(api_keys.c.project_id == project)
-
-
-def _owner(row: Any) -> ServiceAccount | User | None:
-    if row.service_account_id is not None:
-        return ServiceAccount(row.service_account_id, row.project_id, row.account_name, row.account_role, row.account_created_at)
-    if row.user_id is not None:
-        return User(row.user_id, row.organization_id, row.user_email, row.user_name, row.user_role_id, row.user_created_at)
-    return None
-
-
-def _owner_gone(row: Any) -> bool:
-    return any(end is not None for end in (row.account_deleted_at, row.user_deleted_at, row.archived_at))
 
 
 def _held(connection: Connection, row: Any) -> frozenset[str]:
@@ -359,19 +260,3 @@ def _checked_models(models: Iterable[str]) -> frozenset[str]:
 
 def _joined(words: Iterable[str]) -> str:
     return " ".join(sorted(words))
-
-
-def _split(words: str | None) -> frozenset[str] | None:
-    return None if words is None else frozenset(words.split())
-
-
-def _text(key_id: str, secret: str) -> str:
-    body = f"mk_{key_id}{secret}"
-    return f"{body}{zlib.crc32(body.encode()):08x}"
-
-
-def _parse(text: str) -> tuple[str, str]:
-    match = _TEXT.fullmatch(text)
-    if match is None or zlib.crc32(match[1].encode()) != int(match[4], 16):
-        raise Unauthenticated("the API key is malformed: check that it was copied whole")
-    return match[2], match[3]

@@ -9,7 +9,7 @@ import typer
 from mmaas.commands.platform import JSON
 
 if TYPE_CHECKING:
-    from cluster.tenancy.keys import Key
+    from cluster.tenancy.key_records import Key
 
 app = typer.Typer(help="API keys.", no_args_is_help=True)
 

@@ -18,9 +18,10 @@ import sqlalchemy as sa
 
 from cluster.errors import Unauthenticated
 from cluster.store import Store
-from cluster.tenancy import keys as module
 from cluster.tenancy.accounts import Accounts
-from cluster.tenancy.keys import Keys, api_keys
+from cluster.tenancy.key_records import api_keys
+from cluster.tenancy.key_text import parsed
+from cluster.tenancy.keys import Keys
 from cluster.tenancy.projects import DEFAULT
 from cluster.types import Principal
 
@@ -91,7 +92,7 @@ def test_a_secret_that_is_wrong_at_its_end_takes_as_long_as_one_wrong_at_its_sta
 def test_a_check_that_stops_at_an_unknown_id_is_found(accounts: Accounts, texts: tuple[list[str], list[str]]) -> None:
     class Hasty(Keys):
         def verify(self, text: str) -> Principal:
-            key_id, secret = module._parse(text)
+            key_id, secret = parsed(text)
             with self._store.read() as connection:
                 row: Any = connection.execute(sa.select(api_keys).where(api_keys.c.id == key_id)).one_or_none()
             if row is None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from cluster.errors import Conflict, InvalidRequest, NotFound, Unauthenticated
 from cluster.store import Store
 from cluster.tenancy.accounts import Accounts
-from cluster.tenancy.keys import LAST_USED_S, Keys, api_keys
+from cluster.tenancy.key_records import api_keys
+from cluster.tenancy.keys import LAST_USED_S, Keys
 from cluster.tenancy.permissions import expand
 from cluster.tenancy.projects import DEFAULT, projects
 from tests.cluster.tenancy.conftest import Clock

@@ -6,9 +6,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.tenancy.keys import OVERLAP_S, Key
+from cluster.tenancy.key_records import Key
+from cluster.tenancy.keys import OVERLAP_S
 from cluster.tenancy.permissions import EVERYTHING, OF_ADMIN_KEYS
-from deployments.gateway.openai.admin import answers, forms
+from deployments.gateway.openai.admin import answers, forms, objects
 from deployments.gateway.openai.admin.acting import Act, Id, Paged
 from deployments.gateway.openai.answers import ErrorResponse
 from deployments.gateway.responses import json_response
@@ -20,7 +21,7 @@ KEYS = "/v1/organization/admin_api_keys"
 KEY = f"{KEYS}/{{key_id}}"
 
 
-@router.get(KEYS, response_model=answers.Cursor[answers.AdminKey])
+@router.get(KEYS, response_model=objects.Cursor[objects.AdminKey])
 @requires("admin_keys.read")
 def list_admin_keys(request: Request, asked: Paged) -> Response:
     act = Act.of(request)
@@ -29,7 +30,7 @@ def list_admin_keys(request: Request, asked: Paged) -> Response:
     return json_response(answers.cursor(found, lambda key: answers.admin_key(key, organization)))
 
 
-@router.post(KEYS, response_model=answers.NewAdminKey, openapi_extra=takes(forms.AdminKeyCreate))
+@router.post(KEYS, response_model=objects.NewAdminKey, openapi_extra=takes(forms.AdminKeyCreate))
 @requires("admin_keys.write")
 def create_admin_key(request: Request) -> Response:
     """The key is shown this once. Without `scopes` it may do what the caller's key may do in the organization."""
@@ -42,14 +43,14 @@ def create_admin_key(request: Request) -> Response:
     return act.done("admin_api_key.created", key_id, {**_shown(act, _key(act, key_id)), "value": text})
 
 
-@router.get(KEY, response_model=answers.AdminKey)
+@router.get(KEY, response_model=objects.AdminKey)
 @requires("admin_keys.read")
 def retrieve_admin_key(request: Request, key_id: Id) -> Response:
     act = Act.of(request)
     return json_response(_shown(act, _key(act, key_id)))
 
 
-@router.post(f"{KEY}/rotate", response_model=answers.NewAdminKey, openapi_extra=takes(forms.Rotation, required=False))
+@router.post(f"{KEY}/rotate", response_model=objects.NewAdminKey, openapi_extra=takes(forms.Rotation, required=False))
 @requires("admin_keys.write")
 def rotate_admin_key(request: Request, key_id: Id) -> Response:
     """The key's successor, shown this once; both work for the overlap, a day unless said otherwise. Not in the official API."""
@@ -60,7 +61,7 @@ def rotate_admin_key(request: Request, key_id: Id) -> Response:
     return act.done("admin_api_key.rotated", key_id, {**_shown(act, _key(act, new_id)), "value": text})
 
 
-@router.delete(KEY, response_model=answers.Deleted)
+@router.delete(KEY, response_model=objects.Deleted)
 @requires("admin_keys.write")
 def delete_admin_key(request: Request, key_id: Id) -> Response:
     act = Act.of(request)
@@ -73,5 +74,5 @@ def _key(act: Act, key_id: str) -> Key:
     return act.accounts.keys.get(act.organization, None, key_id)
 
 
-def _shown(act: Act, key: Key) -> answers.AdminKey:
+def _shown(act: Act, key: Key) -> objects.AdminKey:
     return answers.admin_key(key, act.accounts.projects.organization(act.organization))

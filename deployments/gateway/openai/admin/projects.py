@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from cluster.tenancy.keys import OVERLAP_S
 from cluster.tenancy.permissions import INFERENCE
-from deployments.gateway.openai.admin import answers, forms
+from deployments.gateway.openai.admin import answers, forms, objects
 from deployments.gateway.openai.admin.acting import Act, Id, Paged
 from deployments.gateway.openai.answers import ErrorResponse
 from deployments.gateway.responses import json_response
@@ -24,7 +24,7 @@ ACCOUNTS = f"{PROJECT}/service_accounts"
 KEYS = f"{PROJECT}/api_keys"
 
 
-@router.get(PROJECTS, response_model=answers.Cursor[answers.Project])
+@router.get(PROJECTS, response_model=objects.Cursor[objects.Project])
 @requires("projects.read")
 def list_projects(request: Request, asked: Paged, include_archived: bool = False) -> Response:
     act = Act.of(request)
@@ -32,7 +32,7 @@ def list_projects(request: Request, asked: Paged, include_archived: bool = False
     return json_response(answers.cursor(found, answers.project))
 
 
-@router.post(PROJECTS, response_model=answers.Project, openapi_extra=takes(forms.ProjectCreate))
+@router.post(PROJECTS, response_model=objects.Project, openapi_extra=takes(forms.ProjectCreate))
 @requires("projects.write")
 def create_project(request: Request) -> Response:
     act = Act.of(request)
@@ -40,14 +40,14 @@ def create_project(request: Request) -> Response:
     return act.done("project.created", made.id, answers.project(made))
 
 
-@router.get(PROJECT, response_model=answers.Project)
+@router.get(PROJECT, response_model=objects.Project)
 @requires("projects.read")
 def retrieve_project(request: Request, project_id: Id) -> Response:
     act = Act.of(request)
     return json_response(answers.project(act.accounts.projects.get(act.organization, project_id)))
 
 
-@router.post(PROJECT, response_model=answers.Project, openapi_extra=takes(forms.ProjectUpdate))
+@router.post(PROJECT, response_model=objects.Project, openapi_extra=takes(forms.ProjectUpdate))
 @requires("projects.write")
 def update_project(request: Request, project_id: Id) -> Response:
     act = Act.of(request)
@@ -57,7 +57,7 @@ def update_project(request: Request, project_id: Id) -> Response:
     return act.done("project.updated", found.id, answers.project(found))
 
 
-@router.post(f"{PROJECT}/archive", response_model=answers.Project)
+@router.post(f"{PROJECT}/archive", response_model=objects.Project)
 @requires("projects.write")
 def archive_project(request: Request, project_id: Id) -> Response:
     """Its keys end with it, for good."""
@@ -66,7 +66,7 @@ def archive_project(request: Request, project_id: Id) -> Response:
     return act.done("project.archived", found.id, answers.project(found))
 
 
-@router.get(ACCOUNTS, response_model=answers.Cursor[answers.ServiceAccount])
+@router.get(ACCOUNTS, response_model=objects.Cursor[objects.ServiceAccount])
 @requires("keys.read")
 def list_service_accounts(request: Request, project_id: Id, asked: Paged) -> Response:
     act = Act.of(request)
@@ -74,7 +74,7 @@ def list_service_accounts(request: Request, project_id: Id, asked: Paged) -> Res
     return json_response(answers.cursor(found, answers.service_account))
 
 
-@router.post(ACCOUNTS, response_model=answers.NewServiceAccount, openapi_extra=takes(forms.ServiceAccountCreate))
+@router.post(ACCOUNTS, response_model=objects.NewServiceAccount, openapi_extra=takes(forms.ServiceAccountCreate))
 @requires("keys.write")
 def create_service_account(request: Request, project_id: Id) -> Response:
     """With a key, which is shown this once, unless only the account is asked for."""
@@ -94,7 +94,7 @@ def create_service_account(request: Request, project_id: Id) -> Response:
     return act.done("service_account.created", account.id, shown)
 
 
-@router.get(f"{ACCOUNTS}/{{service_account_id}}", response_model=answers.ServiceAccount)
+@router.get(f"{ACCOUNTS}/{{service_account_id}}", response_model=objects.ServiceAccount)
 @requires("keys.read")
 def retrieve_service_account(request: Request, project_id: Id, service_account_id: Id) -> Response:
     act = Act.of(request)
@@ -104,7 +104,7 @@ def retrieve_service_account(request: Request, project_id: Id, service_account_i
 
 @router.post(
     f"{ACCOUNTS}/{{service_account_id}}",
-    response_model=answers.ServiceAccount,
+    response_model=objects.ServiceAccount,
     openapi_extra=takes(forms.ServiceAccountUpdate),
 )
 @requires("keys.write")
@@ -116,7 +116,7 @@ def update_service_account(request: Request, project_id: Id, service_account_id:
     return act.done("service_account.updated", found.id, answers.service_account(found))
 
 
-@router.delete(f"{ACCOUNTS}/{{service_account_id}}", response_model=answers.Deleted)
+@router.delete(f"{ACCOUNTS}/{{service_account_id}}", response_model=objects.Deleted)
 @requires("keys.write")
 def delete_service_account(request: Request, project_id: Id, service_account_id: Id) -> Response:
     """Its keys end with it."""
@@ -128,7 +128,7 @@ def delete_service_account(request: Request, project_id: Id, service_account_id:
 
 @router.post(
     f"{ACCOUNTS}/{{service_account_id}}/api_keys",
-    response_model=answers.NewKey,
+    response_model=objects.NewKey,
     openapi_extra=takes(forms.KeyCreate, required=False),
 )
 @requires("keys.write")
@@ -143,7 +143,7 @@ def create_key(request: Request, project_id: Id, service_account_id: Id) -> Resp
     return act.done("api_key.created", key_id, answers.new_key(made, text))
 
 
-@router.get(KEYS, response_model=answers.Cursor[answers.ProjectKey])
+@router.get(KEYS, response_model=objects.Cursor[objects.ProjectKey])
 @requires("keys.read")
 def list_keys(
     request: Request,
@@ -157,14 +157,14 @@ def list_keys(
     return json_response(answers.cursor(found, answers.project_key))
 
 
-@router.get(f"{KEYS}/{{api_key_id}}", response_model=answers.ProjectKey)
+@router.get(f"{KEYS}/{{api_key_id}}", response_model=objects.ProjectKey)
 @requires("keys.read")
 def retrieve_key(request: Request, project_id: Id, api_key_id: Id) -> Response:
     act = Act.of(request)
     return json_response(answers.project_key(act.accounts.keys.get(act.organization, project_id, api_key_id)))
 
 
-@router.post(f"{KEYS}/{{api_key_id}}", response_model=answers.ProjectKey, openapi_extra=takes(forms.KeyUpdate))
+@router.post(f"{KEYS}/{{api_key_id}}", response_model=objects.ProjectKey, openapi_extra=takes(forms.KeyUpdate))
 @requires("keys.write")
 def update_key(request: Request, project_id: Id, api_key_id: Id) -> Response:
     act = Act.of(request)
@@ -180,7 +180,7 @@ def update_key(request: Request, project_id: Id, api_key_id: Id) -> Response:
     return act.done("api_key.updated", found.id, answers.project_key(found))
 
 
-@router.post(f"{KEYS}/{{api_key_id}}/rotate", response_model=answers.NewKey, openapi_extra=takes(forms.Rotation, required=False))
+@router.post(f"{KEYS}/{{api_key_id}}/rotate", response_model=objects.NewKey, openapi_extra=takes(forms.Rotation, required=False))
 @requires("keys.write")
 def rotate_key(request: Request, project_id: Id, api_key_id: Id) -> Response:
     """The key's successor, shown this once; both work for the overlap, a day unless said otherwise. Not in the official API."""
@@ -192,7 +192,7 @@ def rotate_key(request: Request, project_id: Id, api_key_id: Id) -> Response:
     return act.done("api_key.rotated", api_key_id, answers.new_key(made, text))
 
 
-@router.delete(f"{KEYS}/{{api_key_id}}", response_model=answers.Deleted)
+@router.delete(f"{KEYS}/{{api_key_id}}", response_model=objects.Deleted)
 @requires("keys.write")
 def delete_key(request: Request, project_id: Id, api_key_id: Id) -> Response:
     act = Act.of(request)

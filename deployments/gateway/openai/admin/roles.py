@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from cluster.tenancy.paging import Page
 from cluster.tenancy.roles import Kind, cut
-from deployments.gateway.openai.admin import answers, forms, users
+from deployments.gateway.openai.admin import answers, forms, objects, users
 from deployments.gateway.openai.admin.acting import Act, Id, Paged
 from deployments.gateway.openai.answers import ErrorResponse
 from deployments.gateway.responses import json_response
@@ -26,61 +26,61 @@ ORGANIZATION = "/v1/organization"
 PROJECT = "/v1/projects/{project_id}"
 
 
-@router.get(f"{ORGANIZATION}/roles", response_model=answers.Next[answers.Role])
+@router.get(f"{ORGANIZATION}/roles", response_model=objects.Next[objects.Role])
 @requires("roles.read")
 def list_roles(request: Request, asked: Paged) -> Response:
     return _list(request, None, asked)
 
 
-@router.get(f"{PROJECT}/roles", response_model=answers.Next[answers.Role])
+@router.get(f"{PROJECT}/roles", response_model=objects.Next[objects.Role])
 @requires("roles.read")
 def list_project_roles(request: Request, project_id: Id, asked: Paged) -> Response:
     return _list(request, project_id, asked)
 
 
-@router.post(f"{ORGANIZATION}/roles", response_model=answers.Role, openapi_extra=takes(forms.RoleCreate))
+@router.post(f"{ORGANIZATION}/roles", response_model=objects.Role, openapi_extra=takes(forms.RoleCreate))
 @requires("roles.write")
 def create_role(request: Request) -> Response:
     return _create(request, None)
 
 
-@router.post(f"{PROJECT}/roles", response_model=answers.Role, openapi_extra=takes(forms.RoleCreate))
+@router.post(f"{PROJECT}/roles", response_model=objects.Role, openapi_extra=takes(forms.RoleCreate))
 @requires("roles.write")
 def create_project_role(request: Request, project_id: Id) -> Response:
     return _create(request, project_id)
 
 
-@router.get(f"{ORGANIZATION}/roles/{{role_id}}", response_model=answers.Role)
+@router.get(f"{ORGANIZATION}/roles/{{role_id}}", response_model=objects.Role)
 @requires("roles.read")
 def retrieve_role(request: Request, role_id: Id) -> Response:
     return _retrieve(request, None, role_id)
 
 
-@router.get(f"{PROJECT}/roles/{{role_id}}", response_model=answers.Role)
+@router.get(f"{PROJECT}/roles/{{role_id}}", response_model=objects.Role)
 @requires("roles.read")
 def retrieve_project_role(request: Request, project_id: Id, role_id: Id) -> Response:
     return _retrieve(request, project_id, role_id)
 
 
-@router.post(f"{ORGANIZATION}/roles/{{role_id}}", response_model=answers.Role, openapi_extra=takes(forms.RoleUpdate))
+@router.post(f"{ORGANIZATION}/roles/{{role_id}}", response_model=objects.Role, openapi_extra=takes(forms.RoleUpdate))
 @requires("roles.write")
 def update_role(request: Request, role_id: Id) -> Response:
     return _update(request, None, role_id)
 
 
-@router.post(f"{PROJECT}/roles/{{role_id}}", response_model=answers.Role, openapi_extra=takes(forms.RoleUpdate))
+@router.post(f"{PROJECT}/roles/{{role_id}}", response_model=objects.Role, openapi_extra=takes(forms.RoleUpdate))
 @requires("roles.write")
 def update_project_role(request: Request, project_id: Id, role_id: Id) -> Response:
     return _update(request, project_id, role_id)
 
 
-@router.delete(f"{ORGANIZATION}/roles/{{role_id}}", response_model=answers.Deleted)
+@router.delete(f"{ORGANIZATION}/roles/{{role_id}}", response_model=objects.Deleted)
 @requires("roles.write")
 def delete_role(request: Request, role_id: Id) -> Response:
     return _delete(request, None, role_id)
 
 
-@router.delete(f"{PROJECT}/roles/{{role_id}}", response_model=answers.Deleted)
+@router.delete(f"{PROJECT}/roles/{{role_id}}", response_model=objects.Deleted)
 @requires("roles.write")
 def delete_project_role(request: Request, project_id: Id, role_id: Id) -> Response:
     return _delete(request, project_id, role_id)
@@ -183,7 +183,7 @@ def _add_in_organization(kind: Kind, given: Any) -> None:
     """The routes of roles that users, or groups, have in the organization."""
     path = f"{ORGANIZATION}/{kind}s/{{holder_id}}/roles"
 
-    @router.get(path, response_model=answers.Next[answers.AssignedRole], name=f"list_{kind}_roles")
+    @router.get(path, response_model=objects.Next[objects.AssignedRole], name=f"list_{kind}_roles")
     @requires("roles.read")
     def list_assigned(request: Request, holder_id: Id, asked: Paged) -> Response:
         return _list_assigned(request, kind, None, holder_id, asked)
@@ -193,12 +193,12 @@ def _add_in_organization(kind: Kind, given: Any) -> None:
     def assign(request: Request, holder_id: Id) -> Response:
         return _assign(request, kind, None, holder_id)
 
-    @router.get(f"{path}/{{role_id}}", response_model=answers.AssignedRole, name=f"retrieve_{kind}_role")
+    @router.get(f"{path}/{{role_id}}", response_model=objects.AssignedRole, name=f"retrieve_{kind}_role")
     @requires("roles.read")
     def retrieve_assigned(request: Request, holder_id: Id, role_id: Id) -> Response:
         return _retrieve_assigned(request, kind, None, holder_id, role_id)
 
-    @router.delete(f"{path}/{{role_id}}", response_model=answers.Removed, name=f"take_{kind}_role")
+    @router.delete(f"{path}/{{role_id}}", response_model=objects.Removed, name=f"take_{kind}_role")
     @requires("roles.write")
     def take(request: Request, holder_id: Id, role_id: Id) -> Response:
         return _take(request, kind, None, holder_id, role_id)
@@ -208,7 +208,7 @@ def _add_in_project(kind: Kind, given: Any) -> None:
     """The routes of roles that users, or groups, have in a project."""
     path = f"{PROJECT}/{kind}s/{{holder_id}}/roles"
 
-    @router.get(path, response_model=answers.Next[answers.AssignedRole], name=f"list_project_{kind}_roles")
+    @router.get(path, response_model=objects.Next[objects.AssignedRole], name=f"list_project_{kind}_roles")
     @requires("roles.read")
     def list_assigned(request: Request, project_id: Id, holder_id: Id, asked: Paged) -> Response:
         return _list_assigned(request, kind, project_id, holder_id, asked)
@@ -218,18 +218,18 @@ def _add_in_project(kind: Kind, given: Any) -> None:
     def assign(request: Request, project_id: Id, holder_id: Id) -> Response:
         return _assign(request, kind, project_id, holder_id)
 
-    @router.get(f"{path}/{{role_id}}", response_model=answers.AssignedRole, name=f"retrieve_project_{kind}_role")
+    @router.get(f"{path}/{{role_id}}", response_model=objects.AssignedRole, name=f"retrieve_project_{kind}_role")
     @requires("roles.read")
     def retrieve_assigned(request: Request, project_id: Id, holder_id: Id, role_id: Id) -> Response:
         return _retrieve_assigned(request, kind, project_id, holder_id, role_id)
 
-    @router.delete(f"{path}/{{role_id}}", response_model=answers.Removed, name=f"take_project_{kind}_role")
+    @router.delete(f"{path}/{{role_id}}", response_model=objects.Removed, name=f"take_project_{kind}_role")
     @requires("roles.write")
     def take(request: Request, project_id: Id, holder_id: Id, role_id: Id) -> Response:
         return _take(request, kind, project_id, holder_id, role_id)
 
 
-_add_in_organization("user", answers.UserRole)
-_add_in_organization("group", answers.GroupRole)
-_add_in_project("user", answers.UserRole)
-_add_in_project("group", answers.GroupRole)
+_add_in_organization("user", objects.UserRole)
+_add_in_organization("group", objects.GroupRole)
+_add_in_project("user", objects.UserRole)
+_add_in_project("group", objects.GroupRole)

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from cluster.errors import InvalidRequest, NotFound
 from cluster.tenancy.users import Member, User
-from deployments.gateway.openai.admin import answers, forms
+from deployments.gateway.openai.admin import answers, forms, objects
 from deployments.gateway.openai.admin.acting import Act, Id, Paged
 from deployments.gateway.openai.answers import ErrorResponse
 from deployments.gateway.responses import json_response
@@ -25,7 +25,7 @@ Emails = Annotated[list[str] | None, Query(max_length=100)]
 EmailsInBrackets = Annotated[list[str] | None, Query(max_length=100, alias="emails[]")]
 
 
-@router.get(USERS, response_model=answers.Cursor[answers.User])
+@router.get(USERS, response_model=objects.Cursor[objects.User])
 @requires("users.read")
 def list_users(request: Request, asked: Paged, emails: Emails = None, emails_in_brackets: EmailsInBrackets = None) -> Response:
     """`emails` can be repeated, with or without brackets: the official clients write `emails[]`."""
@@ -37,7 +37,7 @@ def list_users(request: Request, asked: Paged, emails: Emails = None, emails_in_
     return json_response(answers.cursor(found, lambda user: answers.user(user, names[user.role_id])))
 
 
-@router.get(f"{USERS}/{{user_id}}", response_model=answers.User)
+@router.get(f"{USERS}/{{user_id}}", response_model=objects.User)
 @requires("users.read")
 def retrieve_user(request: Request, user_id: Id) -> Response:
     """With the projects that the user is in by name."""
@@ -47,7 +47,7 @@ def retrieve_user(request: Request, user_id: Id) -> Response:
     return json_response({**shown(act, found), "projects": {"object": "list", "data": inside}})
 
 
-@router.post(f"{USERS}/{{user_id}}", response_model=answers.User, openapi_extra=takes(forms.UserUpdate))
+@router.post(f"{USERS}/{{user_id}}", response_model=objects.User, openapi_extra=takes(forms.UserUpdate))
 @requires("users.write")
 def update_user(request: Request, user_id: Id) -> Response:
     """`role_id` names a role by its id, `role` by its name or id."""
@@ -62,7 +62,7 @@ def update_user(request: Request, user_id: Id) -> Response:
     return act.done("user.updated", user_id, shown(act, found))
 
 
-@router.delete(f"{USERS}/{{user_id}}", response_model=answers.Deleted)
+@router.delete(f"{USERS}/{{user_id}}", response_model=objects.Deleted)
 @requires("users.write")
 def delete_user(request: Request, user_id: Id) -> Response:
     """Their keys end."""
@@ -72,7 +72,7 @@ def delete_user(request: Request, user_id: Id) -> Response:
     return act.done("user.deleted", user_id, answers.deleted("organization.user", user_id))
 
 
-@router.get(MEMBERS, response_model=answers.Cursor[answers.ProjectUser])
+@router.get(MEMBERS, response_model=objects.Cursor[objects.ProjectUser])
 @requires("users.read")
 def list_members(request: Request, project_id: Id, asked: Paged) -> Response:
     act = Act.of(request)
@@ -81,7 +81,7 @@ def list_members(request: Request, project_id: Id, asked: Paged) -> Response:
     return json_response(answers.cursor(found, lambda member: answers.project_user(member, names[member.role_id])))
 
 
-@router.post(MEMBERS, response_model=answers.ProjectUser, openapi_extra=takes(forms.MemberCreate))
+@router.post(MEMBERS, response_model=objects.ProjectUser, openapi_extra=takes(forms.MemberCreate))
 @requires("users.write")
 def create_member(request: Request, project_id: Id) -> Response:
     """One of the organization, by id or address, into the project."""
@@ -92,14 +92,14 @@ def create_member(request: Request, project_id: Id) -> Response:
     return act.done("project.user.added", user, _member(act, made))
 
 
-@router.get(f"{MEMBERS}/{{user_id}}", response_model=answers.ProjectUser)
+@router.get(f"{MEMBERS}/{{user_id}}", response_model=objects.ProjectUser)
 @requires("users.read")
 def retrieve_member(request: Request, project_id: Id, user_id: Id) -> Response:
     act = Act.of(request)
     return json_response(_member(act, act.accounts.users.member(act.organization, project_id, user_id)))
 
 
-@router.post(f"{MEMBERS}/{{user_id}}", response_model=answers.ProjectUser, openapi_extra=takes(forms.MemberUpdate))
+@router.post(f"{MEMBERS}/{{user_id}}", response_model=objects.ProjectUser, openapi_extra=takes(forms.MemberUpdate))
 @requires("users.write")
 def update_member(request: Request, project_id: Id, user_id: Id) -> Response:
     act = Act.of(request)
@@ -110,7 +110,7 @@ def update_member(request: Request, project_id: Id, user_id: Id) -> Response:
     return act.done("project.user.updated", user_id, _member(act, found))
 
 
-@router.delete(f"{MEMBERS}/{{user_id}}", response_model=answers.Deleted)
+@router.delete(f"{MEMBERS}/{{user_id}}", response_model=objects.Deleted)
 @requires("users.write")
 def delete_member(request: Request, project_id: Id, user_id: Id) -> Response:
     act = Act.of(request)
@@ -118,7 +118,7 @@ def delete_member(request: Request, project_id: Id, user_id: Id) -> Response:
     return act.done("project.user.removed", user_id, answers.deleted("organization.project.user", user_id))
 
 
-@router.get(INVITES, response_model=answers.Cursor[answers.Invite])
+@router.get(INVITES, response_model=objects.Cursor[objects.Invite])
 @requires("users.read")
 def list_invites(request: Request, asked: Paged) -> Response:
     act = Act.of(request)
@@ -126,7 +126,7 @@ def list_invites(request: Request, asked: Paged) -> Response:
     return json_response(answers.cursor(found, lambda invite: answers.invite(invite, act.accounts.clock())))
 
 
-@router.post(INVITES, response_model=answers.NewInvite, openapi_extra=takes(forms.InviteCreate))
+@router.post(INVITES, response_model=objects.NewInvite, openapi_extra=takes(forms.InviteCreate))
 @requires("users.write")
 def create_invite(request: Request) -> Response:
     """Nothing is mailed: `token` is shown this once, to be handed over and accepted with `mmaas users accept`."""
@@ -139,14 +139,14 @@ def create_invite(request: Request) -> Response:
     return act.done("invite.sent", made.id, {**answers.invite(made, act.accounts.clock()), "token": token})
 
 
-@router.get(f"{INVITES}/{{invite_id}}", response_model=answers.Invite)
+@router.get(f"{INVITES}/{{invite_id}}", response_model=objects.Invite)
 @requires("users.read")
 def retrieve_invite(request: Request, invite_id: Id) -> Response:
     act = Act.of(request)
     return json_response(answers.invite(act.accounts.invites.get(act.organization, invite_id), act.accounts.clock()))
 
 
-@router.delete(f"{INVITES}/{{invite_id}}", response_model=answers.Deleted)
+@router.delete(f"{INVITES}/{{invite_id}}", response_model=objects.Deleted)
 @requires("users.write")
 def delete_invite(request: Request, invite_id: Id) -> Response:
     act = Act.of(request)
@@ -154,15 +154,15 @@ def delete_invite(request: Request, invite_id: Id) -> Response:
     return act.done("invite.deleted", invite_id, answers.deleted("organization.invite", invite_id))
 
 
-def shown(act: Act, user: User) -> answers.User:
+def shown(act: Act, user: User) -> objects.User:
     return answers.user(user, act.accounts.roles.names(act.organization, None)[user.role_id])
 
 
-def _member(act: Act, member: Member) -> answers.ProjectUser:
+def _member(act: Act, member: Member) -> objects.ProjectUser:
     return answers.project_user(member, act.accounts.roles.names(act.organization, member.project)[member.role_id])
 
 
-def _project(act: Act, member: Member) -> answers.UserProject:
+def _project(act: Act, member: Member) -> objects.UserProject:
     name = act.accounts.projects.get(act.organization, member.project).name
     return {"id": member.project, "name": name, "role": act.accounts.roles.names(act.organization, member.project)[member.role_id]}
 
