@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import Column, Connection, Float, Integer, LargeBinary, MetaData, String, Table, event
+from sqlalchemy import Column, Connection, Float, Integer, MetaData, String, Table, event
 
 from cluster.errors import StorageError
 
@@ -25,19 +25,6 @@ metadata = MetaData(
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
         "ck": "ck_%(table_name)s_%(constraint_name)s",
     }
-)
-
-api_keys = Table(
-    "api_keys",
-    metadata,
-    Column("id", String(12), primary_key=True),
-    Column("tenant", String(63), nullable=False, index=True),
-    Column("name", String(100), nullable=False),
-    Column("digest", LargeBinary(32), nullable=False),  # HMAC-SHA256(pepper, secret); the secret itself is stored nowhere
-    Column("scopes", String(200), nullable=False),  # words separated by one space
-    Column("created_at", Float(53), nullable=False),  # seconds since the epoch, here and below
-    Column("expires_at", Float(53)),
-    Column("revoked_at", Float(53)),
 )
 
 deployments = Table(

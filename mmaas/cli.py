@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from mmaas.commands import adapters, chat, keys, models, plan, platform, train
+from mmaas.commands import adapters, chat, keys, models, plan, platform, projects, train, users
 
 app = typer.Typer(
     name="mmaas",
@@ -24,6 +24,9 @@ platform.add_to(app)
 models.add_to(app)
 plan.add_to(app)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(projects.organizations, name="organizations")
+app.add_typer(projects.app, name="projects")
+app.add_typer(users.app, name="users")
 app.add_typer(keys.app, name="keys")
 chat.add_to(app)
 app.add_typer(train.app, name="train")

@@ -18,6 +18,7 @@ from cluster.private_files import Secrets, private_directory
 from cluster.settings import Settings
 from cluster.store import Store
 from cluster.tenancy.keys import Keys
+from cluster.tenancy.projects import DEFAULT
 from cluster.types import NAME, Deployment, ModelRef
 from mmaas.quickstart import Quickstart
 
@@ -206,8 +207,8 @@ def _finish(settings: Settings, console: Console, store: Store, served: Sequence
     model = names[0] if len(names) == 1 or "chat" not in names else "chat"
     fresh = not _has_valid_keys(settings, keys)
     if fresh:
-        _, api_key = keys.create("default", "quickstart", ["inference"])
-        _, admin_key = keys.create("default", "quickstart-admin", ["admin", "inference"])
+        _, api_key = keys.create(DEFAULT, "quickstart", ["inference"])
+        _, admin_key = keys.create_admin(DEFAULT, "quickstart-admin", ["admin"])
         Quickstart(f"{settings.base_url}/v1", api_key, admin_key, model).save(settings)
     _print_welcome(
         settings, console, Quickstart.load(settings), fresh, {one.name: call for one in served if (call := _encoder_call(one))}

@@ -1,43 +1,43 @@
-"""API keys: made, verified, revoked.
+"""API keys: made, verified, rotated, revoked.
 
-A key reads `mk_` + 12 hexadecimal digits of id + 64 of secret (256 bits) + 8 of CRC32 over all before. The checksum lets a scanner
-tell a leaked key from noise without asking us. Stored is HMAC-SHA256(pepper, secret): neither a copy of the database nor a look at
-it yields a key. The text of a key is returned once, by `create`, and is never logged or put into an error.
+Stored is HMAC-SHA256(pepper, secret): neither a copy of the database nor a look at it yields a key. The text of a key
+(`key_text.py`) is returned once, when it is made, and is never logged or put into an error.
+
+Two worlds: a *project key* belongs to a service account or a user of a project and calls models; an *admin key* belongs to an
+organization, or to a user of it, and administers. A user's key does what its scopes and the user's roles both allow.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import re
 import secrets
 import time
-import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy import Connection
 
-from cluster.errors import InvalidRequest, NotFound, Unauthenticated
-from cluster.store import Store, api_keys
-from cluster.types import NAME, Principal
+from cluster.errors import Conflict, InvalidRequest, NotFound, Unauthenticated
+from cluster.store import Store
+from cluster.tenancy import access, paging, permissions, projects, service_accounts, users
+from cluster.tenancy.key_records import Key, api_keys, key_of, of_place, owned, owner_gone, split
+from cluster.tenancy.key_text import parsed, written
+from cluster.tenancy.paging import FIRST, Asked, Page
+from cluster.types import Principal
 
-SCOPES = frozenset({"inference", "admin"})
-_TEXT = re.compile(r"(mk_([0-9a-f]{12})([0-9a-f]{64}))([0-9a-f]{8})")
+logger = logging.getLogger(__name__)
+
+LAST_USED_S = 60.0
+"""How exact `last_used_at` is: a key in use writes no more often."""
+OVERLAP_S = 86400.0
+"""How long a rotated key still works, unless said otherwise."""
+MAX_MODELS = 100
+_MODEL = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._:/-]{0,127}\Z")
 _UNKNOWN_DIGEST = secrets.token_bytes(32)
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """What may be shown of a key. Times are seconds since the epoch."""
-
-    id: str
-    tenant: str
-    name: str
-    scopes: frozenset[str]
-    created_at: float
-    expires_at: float | None
-    revoked_at: float | None
 
 
 class Keys:
@@ -48,40 +48,144 @@ class Keys:
         self._pepper = pepper
         self._clock = clock
 
-    def create(self, tenant: str, name: str, scopes: Iterable[str], expires_at: float | None = None) -> tuple[str, str]:
-        """Make a key; returns (id, text). The text can't be shown again. Raises InvalidRequest for values out of range."""
-        granted = frozenset(scopes)
-        self._check(tenant, name, granted, expires_at)
-        key_id, secret = secrets.token_hex(6), secrets.token_hex(32)
-        row = {
-            "id": key_id,
-            "tenant": tenant,
-            "name": name,
-            "digest": self._digest(secret),
-            "scopes": " ".join(sorted(granted)),
-            "created_at": self._clock(),
-            "expires_at": expires_at,
-        }
+    def create(
+        self,
+        project: str,
+        name: str,
+        scopes: Iterable[str] = (permissions.INFERENCE,),
+        expires_at: float | None = None,
+        *,
+        models: Iterable[str] | None = None,
+        service_account: str | None = None,
+        user: str | None = None,
+    ) -> tuple[str, str]:
+        """Make a project's key; returns (id, text). The text can't be shown again.
+
+        It belongs to the service account, or the user, of these ids; without either to a new service account of the key's name.
+        Raises InvalidRequest for values out of range, NotFound for a project or owner, Conflict for an archived project.
+        """
+        granted = permissions.check(scopes, permissions.OF_PROJECT_KEYS, "scopes")
+        row = self._row(name, granted, expires_at, models)
         with self._store.begin() as connection:
-            connection.execute(api_keys.insert().values(row))
-        return key_id, _text(key_id, secret)
+            organization = projects.owner(connection, project)
+            projects.find_live(connection, organization, project)
+            row |= {"organization_id": organization, "project_id": project, "user_id": user}
+            if user is not None:
+                if access.in_project(connection, organization, project, user) is None:
+                    raise NotFound("There is no such user.")
+            elif service_account is not None:
+                row["service_account_id"] = service_accounts.find(connection, project, service_account).id
+            else:
+                row["service_account_id"] = service_accounts.insert(connection, project, name, self._clock()).id
+            return self._insert(connection, row)
+
+    def create_admin(
+        self,
+        organization: str,
+        name: str,
+        scopes: Iterable[str] = (permissions.EVERYTHING,),
+        expires_at: float | None = None,
+        *,
+        user: str | None = None,
+    ) -> tuple[str, str]:
+        """Make an organization's admin key, as `create`. A user's is never wider than the user's roles."""
+        row = self._row(name, permissions.check(scopes, permissions.OF_ADMIN_KEYS, "scopes"), expires_at, None)
+        with self._store.begin() as connection:
+            found = sa.select(projects.organizations.c.id).where(projects.organizations.c.id == organization)
+            paging.only(connection.scalar(found), "organization")
+            if user is not None:
+                users.find(connection, organization, user)
+            return self._insert(connection, {**row, "organization_id": organization, "user_id": user})
 
     def verify(self, text: str) -> Principal:
-        """Who holds this key. Raises Unauthenticated when it is malformed, unknown, revoked or expired.
+        """Who holds this key. Raises Unauthenticated when it is malformed, unknown, revoked or expired, or its owner is gone.
 
-        An unknown id costs the same comparison as a wrong secret, so that time does not tell which ids exist.
+        An unknown id costs the same query and the same comparison as a wrong secret, so that time does not tell which ids exist.
         """
-        key_id, secret = _parse(text)
+        key_id, secret = parsed(text)
+        digest = sa.select(api_keys.c.digest).where(api_keys.c.id == key_id).scalar_subquery()
         with self._store.read() as connection:
-            row = connection.execute(sa.select(api_keys).where(api_keys.c.id == key_id)).one_or_none()
-        matches = hmac.compare_digest(self._digest(secret), row.digest if row else _UNKNOWN_DIGEST)
-        if row is None or not matches:
-            raise Unauthenticated("the API key is not valid")
-        if row.revoked_at is not None:
-            raise Unauthenticated("the API key was revoked")
-        if row.expires_at is not None and row.expires_at <= self._clock():
-            raise Unauthenticated("the API key has expired")
-        return Principal(row.tenant, row.id, frozenset(row.scopes.split()))
+            expected = connection.scalar(sa.select(sa.func.coalesce(digest, sa.literal(_UNKNOWN_DIGEST, sa.LargeBinary))))
+            if not hmac.compare_digest(self._digest(secret), bytes(expected)):
+                raise Unauthenticated("the API key is not valid")
+            row = connection.execute(owned().where(api_keys.c.id == key_id)).one()
+            principal = self._principal(connection, row)
+        if row.last_used_at is None or row.last_used_at + LAST_USED_S <= self._clock():
+            self._used(key_id)
+        return principal
+
+    def get(self, organization: str, project: str | None, key_id: str) -> Key:
+        """A project's key, or an admin key. Raises NotFound, also for one that was revoked."""
+        with self._store.read() as connection:
+            row = connection.execute(of_place(organization, project).where(api_keys.c.id == key_id)).one_or_none()
+            return self._shown(paging.only(row, "key"))
+
+    def page(self, organization: str, project: str | None, asked: Asked = FIRST, *, has_owner: bool | None = None) -> Page[Key]:
+        """A project's keys or the organization's admin keys, without the revoked ones; `has_owner`: only those whose owner is
+        still there (True) or isn't (False). Raises NotFound for the project."""
+        query = of_place(organization, project)
+        if has_owner is not None:
+            gone = service_accounts.service_accounts.c.deleted_at.is_not(None) | users.users.c.deleted_at.is_not(None)
+            gone |= projects.projects.c.archived_at.is_not(None)
+            query = query.where(sa.not_(gone) if has_owner else gone)
+        with self._store.read() as connection:
+            if project is not None:
+                projects.find(connection, organization, project)
+            return paging.read(connection, query, (api_keys.c.created_at, api_keys.c.id), asked, self._shown)
+
+    def list(self, project: str | None = None) -> list[Key]:
+        """Every key by time of creation, revoked ones too; all or one project's."""
+        query = owned().order_by(api_keys.c.created_at, api_keys.c.id)
+        if project is not None:
+            query = query.where(api_keys.c.project_id == project)
+        with self._store.read() as connection:
+            return [self._shown(row) for row in connection.execute(query)]
+
+    def update(
+        self,
+        organization: str,
+        project: str,
+        key_id: str,
+        *,
+        scopes: Iterable[str] | None = None,
+        expires_at: float | None = None,
+        models: Iterable[str] | None = None,
+    ) -> Key:
+        """Change what is given. Raises InvalidRequest, and NotFound as `get`."""
+        changes: dict[str, Any] = {}
+        if scopes is not None:
+            changes["scopes"] = _joined(permissions.check(scopes, permissions.OF_PROJECT_KEYS, "scopes"))
+        if expires_at is not None:
+            changes["expires_at"] = self._future(expires_at)
+        if models is not None:
+            changes["models"] = _joined(_checked_models(models))
+        self.get(organization, project, key_id)
+        if changes:
+            with self._store.begin() as connection:
+                connection.execute(api_keys.update().where(api_keys.c.id == key_id).values(changes))
+        return self.get(organization, project, key_id)
+
+    def rotate(self, key_id: str, overlap_s: float = OVERLAP_S) -> tuple[str, str]:
+        """Make the successor of a key; returns its (id, text). Both work for `overlap_s`, then only the new one.
+
+        The new key has the same owner, scopes, models and end. Raises NotFound, InvalidRequest for a negative overlap, and Conflict
+        for a key that works no more or was rotated already.
+        """
+        if not 0 <= overlap_s <= 366 * 86400:
+            raise InvalidRequest("The overlap is 0 to 366 days.", param="overlap_seconds")
+        with self._store.begin() as connection:
+            same = api_keys.c.id == key_id
+            old = connection.execute(owned().where(same).with_for_update(of=api_keys)).one_or_none()
+            if old is None:
+                raise NotFound(f"there is no key {key_id!r}", param="key_id")
+            if not self._shown(old).is_open or old.replaced_by is not None:
+                raise Conflict("A key that works no more, or has a successor, can't be rotated.")
+            kept = ("organization_id", "project_id", "service_account_id", "user_id", "name", "scopes", "models", "expires_at")
+            new_id, text = self._insert(connection, {column: getattr(old, column) for column in kept})
+            end = self._clock() + overlap_s
+            ends = end if old.expires_at is None else min(end, old.expires_at)
+            connection.execute(api_keys.update().where(same).values(expires_at=ends, replaced_by=new_id))
+        return new_id, text
 
     def revoke(self, key_id: str) -> None:
         """End a key at once; doing it again changes nothing. Raises NotFound for an unknown id."""
@@ -91,37 +195,68 @@ class Keys:
                 raise NotFound(f"there is no key {key_id!r}", param="key_id")
             connection.execute(api_keys.update().where(same, api_keys.c.revoked_at.is_(None)).values(revoked_at=self._clock()))
 
-    def list(self, tenant: str | None = None) -> list[Key]:
-        """Keys by time of creation, all or one tenant's."""
-        query = sa.select(api_keys).order_by(api_keys.c.created_at, api_keys.c.id)
-        if tenant is not None:
-            query = query.where(api_keys.c.tenant == tenant)
-        with self._store.read() as connection:
-            rows = connection.execute(query).all()
-        return [Key(r.id, r.tenant, r.name, frozenset(r.scopes.split()), r.created_at, r.expires_at, r.revoked_at) for r in rows]
+    def _row(self, name: str, scopes: frozenset[str], expires_at: float | None, models: Iterable[str] | None) -> dict[str, Any]:
+        return {
+            "name": paging.checked_name(name),
+            "scopes": _joined(scopes),
+            "models": None if models is None else _joined(_checked_models(models)),
+            "expires_at": None if expires_at is None else self._future(expires_at),
+        }
 
-    def _check(self, tenant: str, name: str, scopes: frozenset[str], expires_at: float | None) -> None:
-        if NAME.match(tenant) is None:
-            raise InvalidRequest(f"{tenant!r} is not a tenant's name (lower case, digits, '.', '_', '-')", param="tenant")
-        if not (0 < len(name) <= 100 and name.isprintable()):
-            raise InvalidRequest("a key's name is 1 to 100 printable characters", param="name")
-        if not scopes or not scopes <= SCOPES:
-            asked = ", ".join(sorted(scopes)) or "none"
-            raise InvalidRequest(f"scopes are one or more of {', '.join(sorted(SCOPES))}; got {asked}", param="scopes")
-        if expires_at is not None and not expires_at > self._clock():
+    def _future(self, expires_at: float) -> float:
+        if not self._clock() < expires_at < 1e11:
             raise InvalidRequest("a key must expire in the future", param="expires_at")
+        return expires_at
+
+    def _insert(self, connection: Connection, row: dict[str, Any]) -> tuple[str, str]:
+        key_id, secret = secrets.token_hex(6), secrets.token_hex(32)
+        own = {"id": key_id, "digest": self._digest(secret), "created_at": self._clock()}
+        connection.execute(api_keys.insert().values({**row, **own}))
+        return key_id, written(key_id, secret)
+
+    def _principal(self, connection: Connection, row: Any) -> Principal:
+        if row.revoked_at is not None or owner_gone(row):
+            raise Unauthenticated("the API key was revoked")
+        if row.expires_at is not None and row.expires_at <= self._clock():
+            raise Unauthenticated("the API key has expired")
+        scopes = permissions.expand(row.scopes.split())
+        if row.user_id is not None:
+            scopes &= _held(connection, row)
+        return Principal(row.project_id or "", row.id, scopes, row.organization_id, split(row.models))
+
+    def _used(self, key_id: str) -> None:
+        """A store that can't be written now is no reason to turn a caller away."""
+        now = self._clock()
+        stale = api_keys.c.last_used_at.is_(None) | (api_keys.c.last_used_at <= now - LAST_USED_S)
+        try:
+            with self._store.begin() as connection:
+                connection.execute(api_keys.update().where(api_keys.c.id == key_id, stale).values(last_used_at=now))
+        except sa.exc.OperationalError:
+            logger.warning("last use of a key was not written", extra={"key_id": key_id})
+
+    def _shown(self, row: Any) -> Key:
+        return key_of(row, self._clock())
 
     def _digest(self, secret: str) -> bytes:
         return hmac.digest(self._pepper, bytes.fromhex(secret), hashlib.sha256)
 
 
-def _text(key_id: str, secret: str) -> str:
-    body = f"mk_{key_id}{secret}"
-    return f"{body}{zlib.crc32(body.encode()):08x}"
+def _held(connection: Connection, row: Any) -> frozenset[str]:
+    """Raises Unauthenticated for a user who left the project."""
+    if row.project_id is None:
+        return access.in_organization(connection, row.organization_id, row.user_id)
+    held = access.in_project(connection, row.organization_id, row.project_id, row.user_id)
+    if held is None:
+        raise Unauthenticated("the API key was revoked")
+    return held
 
 
-def _parse(text: str) -> tuple[str, str]:
-    match = _TEXT.fullmatch(text)
-    if match is None or zlib.crc32(match[1].encode()) != int(match[4], 16):
-        raise Unauthenticated("the API key is malformed: check that it was copied whole")
-    return match[2], match[3]
+def _checked_models(models: Iterable[str]) -> frozenset[str]:
+    named = frozenset(models)
+    if not (0 < len(named) <= MAX_MODELS and all(_MODEL.match(name) for name in named)):
+        raise InvalidRequest(f"models are 1 to {MAX_MODELS} names of models.", param="models")
+    return named
+
+
+def _joined(words: Iterable[str]) -> str:
+    return " ".join(sorted(words))

@@ -15,6 +15,7 @@ from deployments.gateway.openai.chat import ChatCall
 from deployments.gateway.openai.completions import CompletionCall
 from deployments.gateway.openai.progress import Collected
 from deployments.gateway.relay import Relay
+from deployments.gateway.scopes import permit_model
 from deployments.router import Models
 
 Part = Mapping[str, object]
@@ -44,7 +45,7 @@ class Call(Protocol):
 
 
 def parse(operation: str, body: dict[str, Any], notes: Exchange) -> Call:
-    """Raises InvalidRequest."""
+    """Raises InvalidRequest, and ModelNotFound for a model that the caller's key is not for."""
     kind = KINDS[operation]
     call = kind(
         body,
@@ -53,6 +54,7 @@ def parse(operation: str, body: dict[str, Any], notes: Exchange) -> Call:
         tenant=notes.tenant,
         created=int(time.time()),
     )
+    permit_model(notes.principal, call.model)
     notes.model = call.model
     return call
 

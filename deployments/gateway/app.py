@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -19,10 +17,12 @@ from starlette.responses import PlainTextResponse, Response
 from cluster import metrics
 from cluster.errors import DeadlineExceeded, InvalidRequest
 from cluster.settings import GatewaySettings
+from cluster.tenancy.accounts import Accounts
 from deployments.gateway import answering, document, encoding, errors, exchange, limits, middleware
 from deployments.gateway.entrance import KEEPALIVE_S, Entrance
 from deployments.gateway.keys import Verify
 from deployments.gateway.openai import models
+from deployments.gateway.openai.admin import routes as admin
 from deployments.gateway.openai.answers import ChatCompletion, Completion, ErrorResponse, Model, ModelList
 from deployments.gateway.openai.encoding import (
     Classification,
@@ -34,26 +34,11 @@ from deployments.gateway.openai.encoding import (
 )
 from deployments.gateway.openai.types import ChatRequest, CompletionRequest
 from deployments.gateway.responses import event_stream, json_response
+from deployments.gateway.routes import entrance, takes
 from deployments.gateway.scopes import PUBLIC, ScopedRoute, public_paths, requires
 from deployments.router import Models, Word
 
 router = APIRouter(route_class=ScopedRoute, responses={"default": {"model": ErrorResponse}})
-
-
-def _takes(kind: type[BaseModel]) -> dict[str, Any]:
-    """A request body in the OpenAPI document. The body itself is read by `limits`, which FastAPI's reader can't replace."""
-    schema = kind.model_json_schema(ref_template="{model}")
-    parts = schema.pop("$defs", {})
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema, parts)}}}}
-
-
-def _inlined(schema: Any, parts: dict[str, Any]) -> Any:
-    """The schema with its named parts in their places; ours never contain themselves."""
-    if isinstance(schema, dict):
-        if "$ref" in schema:
-            return _inlined(parts[schema["$ref"]], parts)
-        return {key: _inlined(value, parts) for key, value in schema.items()}
-    return [_inlined(item, parts) for item in schema] if isinstance(schema, list) else schema
 
 
 @router.get("/health", tags=["operation"])
@@ -84,16 +69,15 @@ async def prometheus(request: Request) -> Response:
 @requires("inference")
 async def list_models(request: Request) -> Response:
     """The served models and their adapters."""
-    served = entrance(request).models
-    return json_response(models.listing(await served.list(), await served.adapters()))
+    return json_response(models.listing(*await entrance(request).offers(exchange.of(request.scope).principal)))
 
 
 @router.get("/v1/models/{model:path}", tags=["models"], response_model=Model)
 @requires("inference")
 async def retrieve_model(request: Request, model: str) -> Response:
     """One served model or adapter."""
-    served = entrance(request).models
-    return json_response(models.card(models.find(await served.list(), await served.adapters(), model)))
+    offered = await entrance(request).offers(exchange.of(request.scope).principal)
+    return json_response(models.card(models.find(*offered, model)))
 
 
 @router.post("/v1/models/{model}/sleep", tags=["operation"], status_code=204)
@@ -110,35 +94,35 @@ async def wake_up(request: Request, model: str) -> Response:
     return await tell(request, model, "wake")
 
 
-@router.post("/v1/chat/completions", tags=["chat"], response_model=ChatCompletion, openapi_extra=_takes(ChatRequest))
+@router.post("/v1/chat/completions", tags=["chat"], response_model=ChatCompletion, openapi_extra=takes(ChatRequest))
 @requires("inference")
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, at once or as a stream of server-sent events."""
     return await generate(request, "chat.completions")
 
 
-@router.post("/v1/completions", tags=["completions"], response_model=Completion, openapi_extra=_takes(CompletionRequest))
+@router.post("/v1/completions", tags=["completions"], response_model=Completion, openapi_extra=takes(CompletionRequest))
 @requires("inference")
 async def create_completion(request: Request) -> Response:
     """Continue one or several prompts, at once or as a stream of server-sent events."""
     return await generate(request, "completions")
 
 
-@router.post("/v1/embeddings", tags=["encoders"], response_model=EmbeddingList, openapi_extra=_takes(EmbeddingRequest))
+@router.post("/v1/embeddings", tags=["encoders"], response_model=EmbeddingList, openapi_extra=takes(EmbeddingRequest))
 @requires("inference")
 async def create_embeddings(request: Request) -> Response:
     """One vector for each text or list of token ids."""
     return await encode(request, "embeddings")
 
 
-@router.post("/v1/rerank", tags=["encoders"], response_model=Ranking, openapi_extra=_takes(RerankRequest))
+@router.post("/v1/rerank", tags=["encoders"], response_model=Ranking, openapi_extra=takes(RerankRequest))
 @requires("inference")
 async def rerank(request: Request) -> Response:
     """Documents by how well they answer a query, the best first."""
     return await encode(request, "rerank")
 
 
-@router.post("/v1/classify", tags=["encoders"], response_model=Classification, openapi_extra=_takes(ClassifyRequest))
+@router.post("/v1/classify", tags=["encoders"], response_model=Classification, openapi_extra=takes(ClassifyRequest))
 @requires("inference")
 async def classify(request: Request) -> Response:
     """The likeliest label of each text, and the probability of every label."""
@@ -172,15 +156,19 @@ async def tell(request: Request, model: str, word: Word) -> Response:
     return Response(status_code=204)
 
 
-def entrance(request: Request) -> Entrance:
-    shared: Entrance = request.app.state.entrance
-    return shared
-
-
-def build_app(models: Models, verify_key: Verify, settings: GatewaySettings, *, keepalive_s: float = KEEPALIVE_S) -> FastAPI:
-    """Raises TypeError when a route exists that nobody declared a scope for."""
-    shared = Entrance.of(models, verify_key, settings, keepalive_s)
-    public = public_paths(router.routes)
+def build_app(
+    models: Models,
+    verify_key: Verify,
+    settings: GatewaySettings,
+    *,
+    accounts: Accounts | None = None,
+    keepalive_s: float = KEEPALIVE_S,
+) -> FastAPI:
+    """Without `accounts` there is no administration over HTTP. Raises TypeError when a route exists that nobody declared a scope
+    for."""
+    shared = Entrance.of(models, verify_key, settings, keepalive_s, accounts)
+    routes = [*router.routes, *(admin.routes if accounts is not None else ())]
+    public = public_paths(routes)
     app = FastAPI(
         title="MMaaS",
         version="1",
@@ -196,7 +184,7 @@ def build_app(models: Models, verify_key: Verify, settings: GatewaySettings, *, 
             hosts=frozenset(name.lower() for name in settings.names),
         ),
     )
-    app.router.routes.extend(router.routes)  # not include_router, which hides them from the check below
+    app.router.routes.extend(routes)  # not include_router, which hides them from the check below
     public_paths(app.routes)
     app.state.entrance = shared
     app.openapi = partial(document.openapi, app)  # type: ignore[method-assign]

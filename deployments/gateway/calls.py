@@ -60,13 +60,12 @@ async def _admitted(
     scopes.permit(notes.principal, OPERATIONS[operation])
     bounds = entrance.settings
     tree = limits.through_json(body, bounds.max_body_bytes, bounds.max_json_depth)
-    served = entrance.models
     if operation == "models.list":
-        yield models.listing(await served.list(), await served.adapters())
+        yield models.listing(*await entrance.offers(notes.principal))
     elif operation == "models.retrieve":
-        yield models.card(models.find(await served.list(), await served.adapters(), str(tree.get("model", ""))))
+        yield models.card(models.find(*await entrance.offers(notes.principal), str(tree.get("model", ""))))
     elif operation in encoding.KINDS:
-        yield await encoding.answer(served, operation, tree, notes, bounds.max_stream_s)
+        yield await encoding.answer(entrance.models, operation, tree, notes, bounds.max_stream_s)
     else:
         async with aclosing(_generated(entrance, answering.parse(operation, tree, notes), notes)) as answers:
             async for answer in answers:

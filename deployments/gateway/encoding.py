@@ -13,6 +13,7 @@ from cluster.types import Encode, Encoded
 from deployments.gateway.answering import Part
 from deployments.gateway.exchange import Exchange
 from deployments.gateway.openai.encoding import ClassifyCall, EmbeddingCall, RerankCall
+from deployments.gateway.scopes import permit_model
 from deployments.router import Models
 
 OFF_LOOP_INPUTS = 16
@@ -61,6 +62,7 @@ async def _parse(operation: str, body: dict[str, Any], notes: Exchange) -> Call:
     inputs = body.get("input", body.get("documents"))
     is_short = not isinstance(inputs, list) or len(inputs) <= OFF_LOOP_INPUTS
     call = read() if is_short else await asyncio.to_thread(read)
+    permit_model(notes.principal, call.model)
     notes.model = call.model
     return call
 

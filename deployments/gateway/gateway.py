@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from cluster.settings import Settings
+from cluster.tenancy.accounts import Accounts
 from deployments.gateway import calls
 from deployments.gateway.answering import Part
 from deployments.gateway.app import build_app
@@ -24,19 +25,19 @@ DEPLOYMENT = "Gateway"
 HEADROOM = 64
 """Requests that Serve lets in beyond our own limit, so that a full gateway still answers probes and refusals itself."""
 
-Parts = Callable[[Settings], tuple[Models, Verify]]
+Parts = Callable[[Settings], tuple[Models, Verify, Accounts | None]]
 
 
-def from_store(settings: Settings) -> tuple[Models, Verify]:
-    """Served models and keys as the platform's store has them."""
+def from_store(settings: Settings) -> tuple[Models, Verify, Accounts]:
+    """Served models, keys and accounts as the platform's store has them."""
     from cluster.adapters import Catalog
     from cluster.desired import Desired
     from cluster.private_files import Secrets
     from cluster.store import Store
-    from cluster.tenancy.keys import Keys
 
     store = Store(settings.store_url)
-    return ServeModels(Desired(store).list, Catalog(store).list), Keys(store, Secrets(settings.home).pepper).verify
+    accounts = Accounts(store, Secrets(settings.home).pepper)
+    return ServeModels(Desired(store).list, Catalog(store).list), accounts.keys.verify, accounts
 
 
 class Gateway:
@@ -48,8 +49,8 @@ class Gateway:
         ingress.bind_inside()
         log.configure(settings.log_level)
         self._settings = settings
-        self._models, self._verify = parts(settings)
-        self._app = build_app(self._models, self._verify, settings.gateway)
+        self._models, self._verify, accounts = parts(settings)
+        self._app = build_app(self._models, self._verify, settings.gateway, accounts=accounts)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor: what it serves over HTTP."""

@@ -14,7 +14,7 @@ from cluster import metrics
 from cluster.errors import InvalidRequest, Overloaded, PayloadTooLarge
 from deployments.gateway import exchange, limits
 from deployments.gateway.errors import Misdirected
-from deployments.gateway.keys import Keys, bearer
+from deployments.gateway.keys import Keys, bearer, check_place
 from deployments.gateway.stage import Stage
 
 BODY_S = 30.0
@@ -125,7 +125,9 @@ class Authenticate(Stage):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] not in self._public:
-            exchange.of(scope).principal = await self._keys.principal(bearer(scope["headers"]))
+            principal = await self._keys.principal(bearer(scope["headers"]))
+            check_place(scope["headers"], principal)
+            exchange.of(scope).principal = principal
         await self.app(scope, receive, send)
 
 

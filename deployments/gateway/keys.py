@@ -79,3 +79,13 @@ def bearer(headers: Iterable[tuple[bytes, bytes]]) -> str:
     if len(values) > 1 or scheme.lower() != b"bearer" or len(key) > MAX_KEY:
         raise Unauthenticated("The Authorization header must be one: Authorization: Bearer YOUR_KEY.")
     return key.strip().decode("latin-1")
+
+
+def check_place(headers: Iterable[tuple[bytes, bytes]], principal: Principal) -> None:
+    """Organization and project come from the key alone. Raises Unauthenticated where a header says another one: a caller who sends
+    it would be surprised by whose calls they become."""
+    own = {b"openai-organization": principal.organization, b"openai-project": principal.tenant}
+    for name, value in headers:
+        place = own.get(name)
+        if place and value and value != place.encode():
+            raise Unauthenticated(f"This key is not of the one that the header {name.decode()} names.", code="mismatched_place")

@@ -14,12 +14,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from cluster.errors import Forbidden, Unauthenticated
+from cluster.errors import Forbidden, ModelNotFound, Unauthenticated
+from cluster.tenancy import permissions
 from cluster.types import Principal
 from deployments.gateway import exchange
 
 PUBLIC = "public"
-SCOPES = frozenset({PUBLIC, "inference", "admin"})
+SCOPES = permissions.ALL | {PUBLIC}
 DOCUMENTATION = frozenset({"/openapi.json", "/docs"})
 """FastAPI's own routes: they describe the API and hold no data."""
 
@@ -46,6 +47,12 @@ def permit(principal: Principal | None, scope: str) -> None:
         raise Unauthenticated("This call needs a key: Authorization: Bearer YOUR_KEY.")
     if not principal.can(scope):
         raise Forbidden(f"This key does not have the scope {scope!r}.")
+
+
+def permit_model(principal: Principal | None, model: str) -> None:
+    """Raises ModelNotFound for a model that the caller's key is not for, whether it exists or not."""
+    if principal is not None and not principal.may_call(model):
+        raise ModelNotFound(f"The model {model[:256]!r} does not exist, or this key is not for it.", param="model")
 
 
 class ScopedRoute(APIRoute):

@@ -1,9 +1,7 @@
-"""`mmaas keys create`, `list` and `revoke`."""
+"""`mmaas keys create`, `list`, `rotate` and `revoke`."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,95 +9,107 @@ import typer
 from mmaas.commands.platform import JSON
 
 if TYPE_CHECKING:
-    from cluster.tenancy.keys import Key, Keys
+    from cluster.tenancy.key_records import Key
 
 app = typer.Typer(help="API keys.", no_args_is_help=True)
 
 
 @app.command()
 def create(
-    tenant: Annotated[str, typer.Option(help="Whose calls the key makes.")] = "default",
+    project: Annotated[str, typer.Option("--project", "--tenant", help="Id of the project whose calls the key makes.")] = "default",
     name: Annotated[str, typer.Option(help="What the key is for.")] = "unnamed",
-    scope: Annotated[list[str] | None, typer.Option(help="inference, admin; repeat for several.")] = None,
+    scope: Annotated[list[str] | None, typer.Option(help="inference, annotate; repeat for several.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="A model that the key is for; repeat for several.")] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="An admin key, of an organization instead of a project.")] = False,
+    organization: Annotated[str, typer.Option(help="Id of an admin key's organization.")] = "default",
+    user: Annotated[str | None, typer.Option(help="Id of the user whose key it is.")] = None,
     days: Annotated[float | None, typer.Option(min=0.0, help="Days until it expires; never by default.")] = None,
     as_json: JSON = False,
 ) -> None:
-    """Make a key and show it, this once."""
+    """Make a key and show it, this once. An admin key's scope is admin (the platform, too) unless said otherwise."""
     import time
 
+    from mmaas.commands import accounts
     from mmaas.output import console, write_json
 
-    with _keys() as keys:
-        key_id, text = keys.create(tenant, name, scope or ["inference"], None if days is None else time.time() + days * 86400)
+    ends_at = None if days is None else time.time() + days * 86400
+    with accounts.opened() as opened:
+        if admin:
+            key_id, text = opened.keys.create_admin(organization, name, scope or ["admin"], ends_at, user=user)
+        else:
+            key_id, text = opened.keys.create(project, name, scope or ["inference"], ends_at, models=model, user=user)
     if as_json:
-        write_json({"id": key_id, "tenant": tenant, "key": text})
+        write_json({"id": key_id, "project": None if admin else project, "key": text})
         return
     console().print(text, markup=False, soft_wrap=True)
     console(stderr=True).print("Keep it: it can't be shown again.")
 
 
 @app.command("list")
-def list_keys(tenant: Annotated[str | None, typer.Option(help="Only this tenant's keys.")] = None, as_json: JSON = False) -> None:
+def list_keys(
+    project: Annotated[str | None, typer.Option("--project", "--tenant", help="Only this project's keys.")] = None,
+    as_json: JSON = False,
+) -> None:
     """Show the keys, without their secrets."""
+    from mmaas.commands import accounts
     from mmaas.output import write_json
 
-    with _keys() as keys:
-        found = keys.list(tenant)
+    with accounts.opened() as opened:
+        found = opened.keys.list(project)
     if as_json:
         write_json([_as_json(key) for key in found])
     else:
-        _print(found)
+        accounts.show(("id", "project", "name", "scopes", "created (UTC)", "last used", "expires", "revoked"), map(_row, found))
+
+
+@app.command()
+def rotate(
+    key_id: Annotated[str, typer.Argument(help="Id of the key, as `mmaas keys list` shows it.")],
+    hours: Annotated[float, typer.Option(min=0.0, help="How long the old key still works.")] = 24.0,
+    as_json: JSON = False,
+) -> None:
+    """Make a key's successor and show it, this once."""
+    from mmaas.commands import accounts
+    from mmaas.output import console, write_json
+
+    with accounts.opened() as opened:
+        new_id, text = opened.keys.rotate(key_id, hours * 3600)
+    if as_json:
+        write_json({"id": new_id, "replaces": key_id, "key": text})
+        return
+    console().print(text, markup=False, soft_wrap=True)
+    console(stderr=True).print(f"Keep it: it can't be shown again. {key_id} ends in {hours:g} hours.")
 
 
 @app.command()
 def revoke(key_id: Annotated[str, typer.Argument(help="Id of the key, as `mmaas keys list` shows it.")]) -> None:
     """End a key at once."""
+    from mmaas.commands import accounts
     from mmaas.output import console
 
-    with _keys() as keys:
-        keys.revoke(key_id)
+    with accounts.opened() as opened:
+        opened.keys.revoke(key_id)
     console().print(f"Revoked {key_id}")
-
-
-@contextlib.contextmanager
-def _keys() -> Iterator[Keys]:
-    from cluster import settings
-    from cluster.private_files import Secrets
-    from cluster.tenancy.keys import Keys
-    from mmaas.up import opened_store
-
-    loaded = settings.load()
-    with opened_store(loaded) as store:
-        yield Keys(store, Secrets(loaded.home).pepper)
 
 
 def _as_json(key: Key) -> dict[str, object]:
     return {
         "id": key.id,
-        "tenant": key.tenant,
+        "organization": key.organization,
+        "project": key.project,
         "name": key.name,
         "scopes": sorted(key.scopes),
+        "models": None if key.models is None else sorted(key.models),
+        "owner": key.owner.id if key.owner else None,
         "created_at": key.created_at,
+        "last_used_at": key.last_used_at,
         "expires_at": key.expires_at,
         "revoked_at": key.revoked_at,
     }
 
 
-def _print(keys: list[Key]) -> None:
-    import datetime
+def _row(key: Key) -> tuple[str, ...]:
+    from mmaas.commands.accounts import day
 
-    from rich.table import Table
-    from rich.text import Text
-
-    from mmaas.output import console
-
-    def day(seconds: float | None) -> str:
-        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M") if seconds else ""
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("id", "tenant", "name", "scopes", "created (UTC)", "expires", "revoked"):
-        table.add_column(heading)
-    for key in keys:
-        times = (day(key.created_at), day(key.expires_at), day(key.revoked_at))
-        table.add_row(key.id, key.tenant, Text(key.name), " ".join(sorted(key.scopes)), *times)
-    console().print(table)
+    times = (day(key.created_at), day(key.last_used_at), day(key.expires_at), day(key.revoked_at))
+    return (key.id, key.project or f"({key.organization})", key.name, " ".join(sorted(key.scopes)), *times)

@@ -53,11 +53,11 @@ class LLM:
         return {"max_model_len": 64}
 
 
-def parts(settings: Settings) -> tuple[Any, Any]:
+def parts(settings: Settings) -> tuple[Any, Any, None]:
     """In the place of the store: one model, and the keys of the fakes."""
     from deployments.router import ServeModels
 
-    return ServeModels(lambda: [ECHO]), KeyRing().verify
+    return ServeModels(lambda: [ECHO]), KeyRing().verify, None
 
 
 def deploy_model() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -40,7 +41,21 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     printed = capsys.readouterr().out
-    for command in ("up", "down", "status", "doctor", "deploy", "undeploy", "adapters", "keys", "chat", "train"):
+    for command in (
+        "up",
+        "down",
+        "status",
+        "doctor",
+        "deploy",
+        "undeploy",
+        "adapters",
+        "organizations",
+        "projects",
+        "users",
+        "keys",
+        "chat",
+        "train",
+    ):
         assert f" {command} " in printed
 
 
@@ -69,16 +84,58 @@ def test_help_takes_few_times_the_work_of_an_empty_python() -> None:
 
 
 def test_keys_are_made_listed_and_revoked(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["keys", "create", "--tenant", "acme", "--name", "ci", "--scope", "admin", "--json"]) == 0
+    assert run(["projects", "create", "acme", "--json"]) == 0
+    project = json.loads(capsys.readouterr().out)["id"]
+    assert run(["keys", "create", "--project", project, "--name", "ci", "--model", "chat", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert re.fullmatch(r"mk_[0-9a-f]{84}", made["key"])
     assert run(["keys", "revoke", made["id"]]) == 0
     capsys.readouterr()
     assert run(["keys", "list", "--json"]) == 0
     listed = capsys.readouterr().out
-    assert [(key["tenant"], key["name"], key["scopes"]) for key in json.loads(listed)] == [("acme", "ci", ["admin"])]
+    shown = [(key["project"], key["name"], key["scopes"], key["models"]) for key in json.loads(listed)]
+    assert shown == [(project, "ci", ["inference"], ["chat"])]
     assert json.loads(listed)[0]["revoked_at"]
     assert made["key"][15:] not in listed
+
+
+def test_a_key_is_rotated_and_an_admin_key_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> Any:
+        assert run([*words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    old = said("keys", "create")["id"]
+    new = said("keys", "rotate", old, "--hours", "1")
+    assert new["replaces"] == old
+    admin = said("keys", "create", "--admin")["id"]
+    keys = {key["id"]: key for key in said("keys", "list")}
+    assert keys[old]["expires_at"]
+    assert keys[new["id"]]["owner"] == keys[old]["owner"]
+    assert (keys[admin]["project"], keys[admin]["scopes"]) == (None, ["admin"])
+    assert run(["keys", "list"]) == 0
+    assert old in capsys.readouterr().out
+
+
+def test_people_are_invited_come_in_and_leave(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> Any:
+        assert run([*words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    organization = said("organizations", "create", "Acme")["id"]
+    assert [one["name"] for one in said("organizations", "list")] == ["default", "Acme"]
+    place = ("--organization", organization)
+    project = said("projects", "create", "web", *place)["id"]
+    assert [one["id"] for one in said("projects", "list", *place)] == [project]
+    token = said("users", "invite", "ada@example.org", "--project", f"{project}=developer", *place)["token"]
+    ada = said("users", "accept", token, "--name", "Ada")["id"]
+    assert run(["users", "role", ada, "auditor", *place]) == 0
+    capsys.readouterr()
+    assert [(one["id"], one["role"]) for one in said("users", "list", *place)] == [(ada, "auditor")]
+    said("keys", "create", "--project", project, "--user", ada)
+    assert run(["users", "remove", ada, *place]) == 0
+    assert run(["projects", "archive", project, *place]) == 0
+    capsys.readouterr()
+    assert said("users", "list", *place) == said("projects", "list", *place) == []
 
 
 def test_errors_of_the_platform_are_one_line_and_status_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.errors import Unauthenticated
 from cluster.types import Principal
-from deployments.gateway.keys import STALE_S, Keys, bearer
+from deployments.gateway.keys import STALE_S, Keys, bearer, check_place
 from tests.fakes import KeyRing
 
 
@@ -83,3 +83,12 @@ def test_bearer_takes_one_header_of_one_kind() -> None:
     for headers in ([], [(b"authorization", b"Basic abc")], [(b"authorization", b"Bearer a"), (b"authorization", b"Bearer b")]):
         with pytest.raises(Unauthenticated):
             bearer(headers)
+
+
+def test_headers_that_name_another_organization_or_project_are_refused() -> None:
+    caller = Principal("proj_a", "k", frozenset(), "org_a")
+    check_place([(b"openai-project", b"proj_a"), (b"openai-organization", b"org_a"), (b"x", b"y")], caller)
+    check_place([(b"openai-project", b"")], caller)
+    for header in ((b"openai-project", b"proj_b"), (b"openai-organization", b"\xff")):
+        with pytest.raises(Unauthenticated):
+            check_place([header], caller)

@@ -1,0 +1,37 @@
+"""All of tenancy's nouns over one store, for who administers: the gateway and the command line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from cluster.store import Store
+from cluster.tenancy import access
+from cluster.tenancy.groups import Groups
+from cluster.tenancy.invites import Invites
+from cluster.tenancy.keys import Keys
+from cluster.tenancy.projects import Projects
+from cluster.tenancy.roles import Kind, Roles
+from cluster.tenancy.service_accounts import ServiceAccounts
+from cluster.tenancy.users import Users
+
+
+class Accounts:
+    def __init__(self, store: Store, pepper: bytes, clock: Callable[[], float] = time.time) -> None:
+        self._store = store
+        self.clock = clock
+        self.projects = Projects(store, clock)
+        self.service_accounts = ServiceAccounts(store, clock)
+        self.users = Users(store, clock)
+        self.groups = Groups(store, clock)
+        self.roles = Roles(store, clock)
+        self.invites = Invites(store, clock)
+        self.keys = Keys(store, pepper, clock)
+
+    def permissions(self, organization: str, kind: Kind, holder: str) -> frozenset[str]:
+        """What a user may do in the organization, or what a group gives to its users. Raises NotFound for the group."""
+        if kind == "group":
+            self.groups.get(organization, holder)
+            return frozenset().union(*(role.permissions for role in self.roles.assigned(organization, None, kind, holder)))
+        with self._store.read() as connection:
+            return access.in_organization(connection, organization, holder)

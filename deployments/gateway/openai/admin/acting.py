@@ -1,0 +1,93 @@
+"""One administrative call: who acts, on which organization, and what they may give to others.
+
+Endpoints are plain functions, which FastAPI runs in threads, because they wait for SQL. Every change passes `done`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import Depends, Path, Query
+from pydantic import AfterValidator
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cluster.errors import Forbidden, NotFound
+from cluster.tenancy import permissions
+from cluster.tenancy.accounts import Accounts
+from cluster.tenancy.paging import MOST, Asked
+from cluster.types import Principal
+from deployments.gateway import exchange, limits
+from deployments.gateway.openai.bounded import Bounded
+from deployments.gateway.openai.types import parse
+from deployments.gateway.responses import json_response
+from deployments.gateway.routes import entrance
+
+logger = logging.getLogger(__name__)
+
+Form = TypeVar("Form", bound=Bounded)
+_SIGNS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+def _identifier(value: str) -> str:
+    """What can't be an id is the id of nothing. Raises NotFound."""
+    if not (0 < len(value) <= 63 and _SIGNS.issuperset(value)):
+        raise NotFound("There is no such thing.")
+    return value
+
+
+Id = Annotated[str, Path(), AfterValidator(_identifier)]
+
+
+async def _page(
+    limit: Annotated[int, Query(ge=1, le=MOST)] = 20,
+    after: Annotated[str | None, Query(pattern=r"^[a-zA-Z0-9._-]{1,63}$")] = None,
+    order: Literal["asc", "desc"] = "asc",
+) -> Asked:
+    return Asked(limit, after, order)
+
+
+Paged = Annotated[Asked, Depends(_page)]
+
+
+@dataclass(frozen=True)
+class Act:
+    request: Request
+    accounts: Accounts
+    principal: Principal
+    organization: str
+
+    @classmethod
+    def of(cls, request: Request) -> Act:
+        """Raises Forbidden for a key of no organization."""
+        principal, accounts = exchange.of(request.scope).principal, entrance(request).accounts
+        assert accounts is not None, "these routes exist only with accounts"
+        if principal is None or not principal.organization or principal.tenant:
+            raise Forbidden("Only an admin key administers an organization.")
+        return cls(request, accounts, principal, principal.organization)
+
+    def form(self, kind: type[Form]) -> Form:
+        """The body; an empty one is an empty object. Raises InvalidRequest."""
+        raw = exchange.of(self.request.scope).body or b"{}"
+        return parse(kind, limits.decode_json(raw, entrance(self.request).settings.max_json_depth))
+
+    def may_grant(self, granted: Iterable[str]) -> None:
+        """Raises Forbidden when the actor gives or takes more than they hold."""
+        permissions.may_grant(self.principal.scopes, granted)
+
+    def may_touch(self, user: str) -> None:
+        """Raises Forbidden when the user may do more than the actor, and NotFound."""
+        self.accounts.users.get(self.organization, user)
+        self.may_grant(self.accounts.permissions(self.organization, "user", user))
+
+    def ends_at(self, seconds: int | None) -> float | None:
+        return None if seconds is None else self.accounts.clock() + seconds
+
+    def done(self, event: str, target: str, content: Mapping[str, Any]) -> Response:
+        """The answer to a change that was made; `event` is the official audit log's name for it."""
+        who = {"key_id": self.principal.key_id, "organization": self.organization}
+        logger.info("administration", extra={"event": event, "target": target, **who})
+        return json_response(content)

@@ -1,0 +1,9 @@
+"""Every route of the administration API, to be put into an application."""
+
+from __future__ import annotations
+
+from starlette.routing import BaseRoute
+
+from deployments.gateway.openai.admin import admin_keys, groups, projects, roles, users
+
+routes: list[BaseRoute] = [route for part in (projects, admin_keys, users, groups, roles) for route in part.router.routes]
