@@ -28,6 +28,7 @@ class Principal:
     tenant: str
     key_id: str
     scopes: frozenset[str]
+    organization: str = "default"
 
     def can(self, scope: str) -> bool:
         return scope in self.scopes

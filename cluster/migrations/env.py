@@ -5,6 +5,7 @@ from __future__ import annotations
 from alembic import context
 
 from cluster.store import metadata
+from cluster.tenancy import credits, invoices, journal  # noqa: F401 - they declare tables
 
 context.configure(connection=context.config.attributes["connection"], target_metadata=metadata, compare_type=True)
 context.run_migrations()
