@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from mmaas.commands import adapters, chat, keys, models, plan, platform, train
+from mmaas.commands import adapters, chat, invoice, keys, models, plan, platform, prices, train, usage
 
 app = typer.Typer(
     name="mmaas",
@@ -25,6 +25,10 @@ models.add_to(app)
 plan.add_to(app)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(keys.app, name="keys")
+usage.add_to(app)
+app.add_typer(invoice.app, name="invoice")
+app.add_typer(prices.prices, name="prices")
+app.add_typer(prices.budgets, name="budgets")
 chat.add_to(app)
 app.add_typer(train.app, name="train")
 

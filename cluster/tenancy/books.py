@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from cluster.errors import BudgetExceeded, Conflict, InvalidRequest, NotFound
 from cluster.tenancy import money, postings, rating
 from cluster.tenancy.budgets import Balance, Budget, passed, scope
-from cluster.tenancy.metered import Metered, Outcome, billable
+from cluster.tenancy.metered import NOTHING, Metered, Outcome, billable
 from cluster.tenancy.postings import Entry, Posting
 from cluster.tenancy.prices import Changes
 from cluster.tenancy.rating import Counter, Item, PriceList
@@ -72,7 +72,7 @@ class Hold:
     worst: int
     opened_at: float
     owner: str
-    metered: Metered = Metered()
+    metered: Metered = NOTHING
 
     @property
     def scopes(self) -> tuple[str, str, str]:

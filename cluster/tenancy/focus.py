@@ -140,7 +140,9 @@ def _usage(line: Line) -> Row:
 
 
 def _monthly(line: Line) -> Row:
-    return _costs(line.amount) | _priced(line, Decimal(1), line.meter) | {"ChargeCategory": "Purchase", "ChargeFrequency": "Recurring"}
+    return (
+        _costs(line.amount) | _priced(line, Decimal(1), line.meter) | {"ChargeCategory": "Purchase", "ChargeFrequency": "Recurring"}
+    )
 
 
 def _priced(line: Line, quantity: Decimal, sku: str) -> Row:
@@ -149,7 +151,9 @@ def _priced(line: Line, quantity: Decimal, sku: str) -> Row:
     with localcontext() as context:
         context.prec = 40
         unit_price = number((money.decimal(line.amount) / quantity).quantize(Decimal("1e-20"))) if quantity else "0"
-    details = {"x_PriceVersion": line.price} | ({"x_ListPrice": line.unit_price, "x_ListPricePer": line.per} if line.unit_price else {})
+    details = {"x_PriceVersion": line.price} | (
+        {"x_ListPrice": line.unit_price, "x_ListPricePer": line.per} if line.unit_price else {}
+    )
     return {
         "ChargeDescription": describe(line),
         "PricingCategory": "Standard",
@@ -168,4 +172,3 @@ def number(value: Decimal) -> str:
     """Plain digits, without an exponent and without zeros that say nothing."""
     text = f"{value:f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
-

@@ -80,7 +80,7 @@ def as_pdf(invoice: Invoice, issuer: str) -> bytes:
     page.set_font("Helvetica", "", 10)
     issued = "" if invoice.issued_at is None else f"Issued {periods.iso(invoice.issued_at)[:10]}"
     for text in (f"From {issuer}", f"To {invoice.organization}", f"For {invoice.month}", issued, ""):
-        page.cell(h=6, text=_latin(text), new_x="LMARGIN", new_y="NEXT")
+        page.cell(h=6, text=_latin(text) or " ", new_x="LMARGIN", new_y="NEXT")
     page.set_font("Helvetica", "", 8)
     with page.table(col_widths=(18, 40, 20, 12, 20, 20), text_align=("LEFT", "LEFT", "RIGHT", "LEFT", "RIGHT", "RIGHT")) as table:
         for cells in _rows(invoice):

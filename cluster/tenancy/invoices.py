@@ -1,7 +1,7 @@
 """Invoices: what an organization used in a month, line by line, with the plan's fee and minimum, less its credits.
 
-Issued once for a month that is over, and never changed. Lines are sums of the ledger's entries; an invoice whose lines don't come to
-what usage records say is not issued. Issuing closes the month: whatever is booked later is booked into a later one.
+Issued once for a month that is over, and never changed. Lines are sums of the ledger's entries; an invoice whose lines don't come
+to what usage records say is not issued. Issuing closes the month: whatever is booked later is booked into a later one.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ class Ledger:
     def apply(self, operations: Sequence[Operation], now: float | None = None) -> list[Result]:
         """Apply operations in order, in one transaction; refusals stand in the place of their results.
 
-        Raises LedgerUnavailable: for good, once the store may have lost what it said it had. Nothing more is booked then until a new
-        process has read it afresh.
+        Raises LedgerUnavailable: for good, once the store may have lost what it said it had. Nothing more is booked then until a
+        new process has read it afresh.
         """
         if self._broken:
             raise LedgerUnavailable("the ledger has stopped: its store failed to write")
@@ -173,6 +173,6 @@ def _attempt(books: Books, operation: Operation) -> Result:
 
 
 def _is_fatal(error: Exception) -> bool:
-    """Whether a write or a sync failed. SQLite says `disk I/O error`; after one the kernel may take lost pages for clean, so a retry
-    would seem to work. Postgres ends itself in that case, and recovers from its own log."""
+    """Whether a write or a sync failed. SQLite says `disk I/O error`; after one the kernel may take lost pages for clean, so a
+    retry would seem to work. Postgres ends itself in that case, and recovers from its own log."""
     return any(words in str(error).lower() for words in ("disk i/o error", "malformed"))

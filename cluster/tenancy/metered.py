@@ -54,11 +54,11 @@ class Metered:
 
     @classmethod
     def of(cls, usage: Usage | Metered | None) -> Metered:
-        """None: a request of which nothing is known but that it was made."""
+        """None: `NOTHING`."""
         if isinstance(usage, Metered):
             return usage
         if usage is None:
-            return cls()
+            return NOTHING
         cached = min(usage.cached_tokens, usage.prompt_tokens)
         return cls(input_tokens=usage.prompt_tokens - cached, cached_tokens=cached, output_tokens=usage.completion_tokens)
 
@@ -75,5 +75,8 @@ def billable(metered: Metered, outcome: Outcome) -> Metered:
     """What of it is charged: all, but nothing where the platform failed before it had answered anything."""
     return Metered(requests=0) if outcome in OURS and not metered.output_tokens else metered
 
+
+NOTHING = Metered()
+"""A request of which nothing is known but that it was made."""
 
 assert tuple(METERS) == tuple(field.name for field in fields(Metered))

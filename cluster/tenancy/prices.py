@@ -118,7 +118,9 @@ class Prices:
         versions = connection.execute(sa.select(c.id, c.plan, c.effective_at).order_by(c.effective_at, c.id)).all()
         of = sa.select(p.organization, p.plan, p.effective_at).where(p.organization.in_(sorted(organizations)))
         plans = connection.execute(of.order_by(p.effective_at, p.id)).all()
-        return Changes(tuple((v.id, v.plan, v.effective_at) for v in versions), tuple((o.organization, o.plan, o.effective_at) for o in plans))
+        return Changes(
+            tuple((v.id, v.plan, v.effective_at) for v in versions), tuple((o.organization, o.plan, o.effective_at) for o in plans)
+        )
 
     def bodies(self, connection: Connection, versions: Iterable[int]) -> Mapping[int, PriceList]:
         """Prices by version. Versions never change, so each is read once."""

@@ -96,7 +96,7 @@ def at_most(prices: PriceList, model: str, bound: Metered) -> int:
     sides = [charge.at_most(prompt) for charge in (fresh, cached) if charge]
     if any(charge.package for charge in (fresh, cached) if charge):
         return owed + sum(sides)
-    return owed + max(sides, default=0) + (len(sides) > 1)  # one more for rounding: the prompt may be divided among both
+    return owed + max(sides, default=0) + (len(sides) > 1 and prompt > 0)  # rounding: the prompt may be divided among both
 
 
 @dataclass(frozen=True, slots=True)

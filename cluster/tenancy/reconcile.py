@@ -74,7 +74,7 @@ def _held(connection: Connection) -> Iterator[str]:
     for kind, column in (("organization", h.organization), ("project", h.project), ("key", h.key_id)):
         found = {name: int(amount) for name, amount in connection.execute(sa.select(column, worst).group_by(column)) if amount}
         c = balances.c
-        kept = dict(connection.execute(sa.select(c.scope, c.held).where(c.scope.startswith(f"{kind}:"), c.held != 0)).tuples().all())
+        kept = dict(map(tuple, connection.execute(sa.select(c.scope, c.held).where(c.scope.startswith(f"{kind}:"), c.held != 0))))
         if {f"{kind}:{name}": amount for name, amount in found.items()} != kept:
             yield f"reservations of {kind}s come to {found}, balances hold {kept}"
         if kind == "project" and found != booked:
@@ -87,7 +87,7 @@ def _spent(connection: Connection) -> Iterator[str]:
     for kind, column in (("organization", u.organization), ("project", u.project), ("key", u.key_id)):
         rows = connection.execute(sa.select(column, sa.func.sum(u.amount)).group_by(column))
         recorded = {f"{kind}:{name}": int(amount) for name, amount in rows if amount}
-        kept = dict(connection.execute(sa.select(c.scope, c.spent).where(c.scope.startswith(f"{kind}:"), c.spent != 0)).tuples().all())
+        kept = dict(map(tuple, connection.execute(sa.select(c.scope, c.spent).where(c.scope.startswith(f"{kind}:"), c.spent != 0))))
         if recorded != kept:
             yield f"usage of {kind}s comes to {recorded}, balances say {kept}"
 

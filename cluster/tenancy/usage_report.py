@@ -60,5 +60,6 @@ def usage(store: Store, asked: Question) -> list[Sum]:
         rows = connection.execute(query.group_by(*group).order_by(*group)).all()
     start = int(asked.start)
     return [
-        Sum(start + row.bucket * width, {name: getattr(row, name) for name in asked.by}, metered_of(row), row.amount) for row in rows
+        Sum(start + row.bucket * width, {name: getattr(row, name) for name in asked.by}, metered_of(row), row.amount)
+        for row in rows
     ]

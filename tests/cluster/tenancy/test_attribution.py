@@ -16,7 +16,9 @@ def test_shares_sum_to_the_step_and_go_by_rows(microseconds: int, rows: dict[int
 
 
 @given(
-    st.lists(st.tuples(st.floats(0, 0.5), st.dictionaries(st.integers(0, 9), st.integers(1, 300), min_size=1)), min_size=1, max_size=200)
+    st.lists(
+        st.tuples(st.floats(0, 0.5), st.dictionaries(st.integers(0, 9), st.integers(1, 300), min_size=1)), min_size=1, max_size=200
+    )
 )
 def test_what_is_attributed_is_the_time_of_the_steps(steps: list[tuple[float, dict[int, int]]]) -> None:
     meter = ComputeMeter[int]()

@@ -51,7 +51,9 @@ def tiered(meter: str, **more: Any) -> Charge:
 
 
 def test_requests_of_a_day_in_tiers() -> None:
-    charge = tiered("requests", window="day", tiers=[{"up_to": 100, "price": "0"}, {"up_to": 200, "price": "0.01"}, {"price": "0.005"}])
+    charge = tiered(
+        "requests", window="day", tiers=[{"up_to": 100, "price": "0"}, {"up_to": 200, "price": "0.01"}, {"price": "0.005"}]
+    )
     assert [charge.cost(n) for n in (100, 101, 200, 202)] == [0, 10_000, 1_000_000, 1_010_000]
 
 

@@ -109,7 +109,9 @@ def test_credits_pay_first_what_expires_first_and_never_more_than_is_due(used: L
     assert problems(either_store) == []
 
 
-@pytest.mark.parametrize(("amount", "reason", "expires"), [(0, "x", None), (-1, "x", None), (1, "", None), (1, "a\nb", None), (1, "x", 1.0)])
+@pytest.mark.parametrize(
+    ("amount", "reason", "expires"), [(0, "x", None), (-1, "x", None), (1, "", None), (1, "a\nb", None), (1, "x", 1.0)]
+)
 def test_what_is_no_credit_is_refused(either_store: Store, clock: Clock, amount: int, reason: str, expires: float | None) -> None:
     with pytest.raises(InvalidRequest):
         Credits(either_store, clock).grant("acme", amount, reason, expires)
@@ -119,7 +121,9 @@ def test_an_invoice_that_differs_from_the_usage_is_not_issued(used: Ledger, eith
     with either_store.begin() as connection:
         columns = "'forged', organization, 99, project, key_id, model, price, outcome, opened_at, booked_at, 7"
         meters = "requests, input_tokens, cached_tokens, output_tokens, replayed_tokens, compute_seconds, traded_volume"
-        connection.exec_driver_sql(f"INSERT INTO usage_records SELECT {columns}, {meters} FROM usage_records WHERE request_id = 'r1'")
+        connection.exec_driver_sql(
+            f"INSERT INTO usage_records SELECT {columns}, {meters} FROM usage_records WHERE request_id = 'r1'"
+        )
     clock.now = DECEMBER
     with pytest.raises(PlatformError, match="not invoiced"):
         Invoices(either_store, clock).issue("acme", "2026-11")
@@ -168,26 +172,44 @@ def test_focus_rows_add_up_and_obey_the_specification(issued: Invoice, either_st
 
 
 MANDATORY = (
-    "BilledCost BillingAccountId BillingCurrency BillingPeriodEnd BillingPeriodStart ChargeCategory ChargePeriodEnd ChargePeriodStart "
-    "ContractedCost EffectiveCost InvoiceIssuerName ListCost ProviderName PublisherName ServiceCategory ServiceName ServiceSubcategory"
-).split()
+    "BilledCost",
+    "BillingAccountId",
+    "BillingCurrency",
+    "BillingPeriodEnd",
+    "BillingPeriodStart",
+    "ChargeCategory",
+    "ChargePeriodEnd",
+    "ChargePeriodStart",
+    "ContractedCost",
+    "EffectiveCost",
+    "InvoiceIssuerName",
+    "ListCost",
+    "ProviderName",
+    "PublisherName",
+    "ServiceCategory",
+    "ServiceName",
+    "ServiceSubcategory",
+)
 """Columns that allow no null in any row (FOCUS 1.2)."""
 
-OF_USAGE_AND_PURCHASE = "ListUnitPrice ContractedUnitPrice PricingQuantity PricingUnit PricingCategory SkuId SkuPriceId".split()
+OF_BOUGHT = ("ListUnitPrice", "ContractedUnitPrice", "PricingQuantity", "PricingUnit", "PricingCategory", "SkuId", "SkuPriceId")
+"""Columns that allow none in rows of usage and purchases."""
 
 
 def broken(row: dict[str, str]) -> list[str]:
     """What of the specification's rules for values a row doesn't keep."""
     found = [name for name in MANDATORY if not row[name]]
     if row["ChargeCategory"] in ("Usage", "Purchase"):
-        found += [name for name in OF_USAGE_AND_PURCHASE if not row[name]]
+        found += [name for name in OF_BOUGHT if not row[name]]
         product = Decimal(row["PricingQuantity"] or 0) * Decimal(row["ListUnitPrice"] or 0)
         found += ["ListUnitPrice"] * (abs(product - Decimal(row["ListCost"])) > Decimal("1e-9"))
     found += ["ConsumedQuantity"] * (bool(row["ConsumedQuantity"]) != (row["ChargeCategory"] == "Usage"))
     found += ["ConsumedUnit"] * (bool(row["ConsumedUnit"]) != bool(row["ConsumedQuantity"]))
     found += ["ChargeFrequency"] * (row["ChargeCategory"] == "Purchase" and row["ChargeFrequency"] == "Usage-Based")
     found += ["Tags"] * (row["Tags"] != "" and not isinstance(json.loads(row["Tags"]), dict))
-    found += ["period"] * (not row["BillingPeriodStart"] <= row["ChargePeriodStart"] < row["ChargePeriodEnd"] <= row["BillingPeriodEnd"])
+    found += ["period"] * (
+        not row["BillingPeriodStart"] <= row["ChargePeriodStart"] < row["ChargePeriodEnd"] <= row["BillingPeriodEnd"]
+    )
     return found + [name for name in row if name.endswith(("Cost", "Price", "Quantity")) and "E" in row[name].upper()]
 
 

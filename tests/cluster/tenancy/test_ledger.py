@@ -190,7 +190,9 @@ def test_two_writers_of_the_same_request_book_it_once(priced: Ledger, either_sto
 
     def reserve(organization: str) -> None:
         ledger = Ledger(either_store, clock)
-        ledger.reserve(caller(organization=organization, project=organization, key=organization), f"first-{organization}", "chat", 1)
+        ledger.reserve(
+            caller(organization=organization, project=organization, key=organization), f"first-{organization}", "chat", 1
+        )
         for number in range(20):
             start.wait()
             try:
@@ -247,7 +249,9 @@ def test_a_planted_error_is_found(priced: Ledger, either_store: Store, statement
     assert any(found in problem for problem in problems(either_store)), problems(either_store)
 
 
-def test_a_store_that_is_gone_refuses_and_serves_again(priced: Ledger, either_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_is_gone_refuses_and_serves_again(
+    priced: Ledger, either_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def gone(*_: object, **__: object) -> None:
         raise sa.exc.OperationalError("INSERT", {}, Exception("the connection is gone"))
 

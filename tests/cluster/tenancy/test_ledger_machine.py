@@ -51,7 +51,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.open: dict[str, Open] = {}
         self.closed: dict[str, int] = {}
         self.spent: list[tuple[str, int, int, int]] = []  # project, day, month, amount
-        self.latest = {organization: 0.0 for organization in PROJECTS.values()}
+        self.latest = dict.fromkeys(PROJECTS.values(), 0.0)
         self.counted: dict[tuple[str, int], int] = {}
         self.lease = [-1e9, -1e9]
         self.made = 0
@@ -66,7 +66,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.made += 1
         request_id = f"r{self.made}"
         allowed = self.expect(project, worst := tokens * PER_TOKEN + PER_REQUEST)
-        result = self.apply(owner, Reserve(request_id, PROJECTS[project], project, f"key-{project}", "chat", Metered(output_tokens=tokens)))
+        result = self.apply(
+            owner, Reserve(request_id, PROJECTS[project], project, f"key-{project}", "chat", Metered(output_tokens=tokens))
+        )
         if allowed:
             assert result is None, result
             self.open[request_id] = Open(project, owner, worst)
@@ -127,11 +129,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule()
     def reap(self) -> None:
-        dead = [
-            name
-            for name, hold in self.open.items()
-            if self.lease[hold.owner] < self.clock.now or self.opened_long_ago(name)
-        ]
+        dead = [name for name, hold in self.open.items() if self.lease[hold.owner] < self.clock.now or self.opened_long_ago(name)]
         before = len(self.closed)
         assert self.ledgers[1].reap() == len(dead)
         for name in self.reaped_in_order(dead):
@@ -161,7 +159,10 @@ class LedgerMachine(RuleBasedStateMachine):
         if not hasattr(self, "store"):
             return
         for project, organization in PROJECTS.items():
-            for kind, name, members in (("project", project, {project}), ("organization", organization, self.members(organization))):
+            for kind, name, members in (
+                ("project", project, {project}),
+                ("organization", organization, self.members(organization)),
+            ):
                 balance = self.budgets.balance(kind, name, self.latest[organization])  # type: ignore[arg-type]
                 assert balance.held == sum(hold.worst for hold in self.open.values() if hold.project in members)
                 assert balance.spent == sum(amount for of, _, _, amount in self.spent if of in members)
@@ -207,7 +208,10 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def group(self, owner: int, operations: list[Operation]) -> list[Settled | PlatformError | None]:
         ledger = self.ledgers[owner]
-        if any(isinstance(operation, Reserve) for operation in operations) and self.clock.now - ledger._renewed_at > ledger.lease_s / 3:
+        if (
+            any(isinstance(operation, Reserve) for operation in operations)
+            and self.clock.now - ledger._renewed_at > ledger.lease_s / 3
+        ):
             self.lease[owner] = self.clock.now + ledger.lease_s
         results = ledger.apply(operations)
         for operation, result in zip(operations, results, strict=True):
@@ -224,6 +228,6 @@ def prices(per_token: int) -> PriceList:
 
 
 LedgerMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestLedger = pytest.mark.filterwarnings("ignore::ResourceWarning")(LedgerMachine.TestCase)
