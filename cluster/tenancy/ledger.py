@@ -77,6 +77,8 @@ class Ledger:
 
     def reap(self, now: float | None = None) -> int:
         """Settle reservations whose owners are gone; returns how many. Any process may do so at any time."""
+        if self._renewed_at > float("-inf"):
+            self.renew()  # whatever the clock has done since, this one lives
         at, closed = self._clock() if now is None else now, 0
         while ids := self._orphans(at):
             settled = [result for result in self.apply([Reap(request_id) for request_id in ids], at) if isinstance(result, Settled)]
@@ -123,7 +125,8 @@ class Ledger:
 
     def _apply(self, operations: Sequence[Operation], now: float) -> list[Result]:
         self._create_balances(operations)
-        renews = now - self._renewed_at > self.lease_s / 3 and any(isinstance(operation, Reserve) for operation in operations)
+        fresh = 0 <= now - self._renewed_at <= self.lease_s / 3
+        renews = not fresh and any(isinstance(operation, Reserve) for operation in operations)
         with self._store.begin() as connection:
             ids = {operation.request_id for operation in operations}
             books = journal.load(connection, self.prices, self._locked(connection, operations, ids), ids, now, self.owner)
@@ -147,7 +150,8 @@ class Ledger:
             self._known |= missing
 
     def _locked(self, connection: sa.Connection, operations: Sequence[Operation], ids: set[str]) -> dict[str, Balance]:
-        wanted = {name for scopes in journal.scopes_of(connection, ids).values() for name in scopes}
+        known = ids - {operation.request_id for operation in operations if isinstance(operation, Reserve)}
+        wanted = {name for scopes in journal.scopes_of(connection, known).values() for name in scopes} if known else set()
         wanted |= {name for operation in operations if isinstance(operation, Reserve) for name in scopes_of(operation)}
         return journal.lock(connection, wanted)
 

@@ -129,6 +129,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule()
     def reap(self) -> None:
+        if self.lease[1] > 0:
+            self.lease[1] = self.clock.now + self.ledgers[1].lease_s
         dead = [name for name, hold in self.open.items() if self.lease[hold.owner] < self.clock.now or self.opened_long_ago(name)]
         before = len(self.closed)
         assert self.ledgers[1].reap() == len(dead)
@@ -208,10 +210,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def group(self, owner: int, operations: list[Operation]) -> list[Settled | PlatformError | None]:
         ledger = self.ledgers[owner]
-        if (
-            any(isinstance(operation, Reserve) for operation in operations)
-            and self.clock.now - ledger._renewed_at > ledger.lease_s / 3
-        ):
+        fresh = 0 <= self.clock.now - ledger._renewed_at <= ledger.lease_s / 3
+        if not fresh and any(isinstance(operation, Reserve) for operation in operations):
             self.lease[owner] = self.clock.now + ledger.lease_s
         results = ledger.apply(operations)
         for operation, result in zip(operations, results, strict=True):
