@@ -1,6 +1,6 @@
-"""A server's way to the ledger: one `async with` around a request reserves before it, keeps its progress, and settles however it ends.
+"""A server's way to the ledger: an `async with` around a request reserves before it, keeps its progress and settles its end.
 
-`beat` must run as long as the server does: it says that the server lives, and settles what dead ones have left. Knows nothing of HTTP.
+`beat` must run as long as the server does: it says that the server lives, and settles what dead ones left. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROGRESS_S = 1.0
 
 
 class Running:
-    """One request under way. `outcome` is what its work says of the end; None: what became of the `async with` says it."""
+    """One request under way. `outcome` is what its work says of the end; None: the end of the `async with` says it."""
 
     def __init__(self, group: GroupCommit, request_id: str, clock: Callable[[], float]) -> None:
         self.request_id = request_id
@@ -58,7 +58,7 @@ class Running:
             logger.warning("progress was not kept", extra={"request_id": self.request_id, "reason": str(error)})
 
     async def settle(self, outcome: Outcome) -> None:
-        """Once, and to the end even if the caller is cancelled meanwhile. A ledger that can't be reached leaves it to the reaper."""
+        """Once, and to the end even if the caller is cancelled. What can't be written now is left to the reaper."""
         if self._telling is not None:
             await asyncio.wait({self._telling})
             self._telling.exception()
