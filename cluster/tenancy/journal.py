@@ -190,11 +190,6 @@ def orphans(connection: Connection, now: float, longest_s: float, limit: int, am
     return list(connection.scalars(query.order_by(holds.c.opened_at, holds.c.request_id).limit(limit)))
 
 
-def forget_owners(connection: Connection, now: float) -> None:
-    """Of those that are gone and have left nothing open."""
-    connection.execute(owners.delete().where(owners.c.lease_until < now, owners.c.owner.not_in(sa.select(holds.c.owner))))
-
-
 def _by_scope(found: Iterable[Budget]) -> dict[str, list[Budget]]:
     by_scope: dict[str, list[Budget]] = {}
     for budget in found:

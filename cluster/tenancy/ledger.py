@@ -156,8 +156,7 @@ class Ledger:
         return journal.lock(connection, wanted)
 
     def _orphans(self, now: float) -> list[str]:
-        with self._store.begin() as connection:
-            journal.forget_owners(connection, now)
+        with self._store.read() as connection:
             return journal.orphans(connection, now, self.longest_s, _REAPED_AT_ONCE)
 
 

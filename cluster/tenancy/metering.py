@@ -26,7 +26,7 @@ PROGRESS_S = 1.0
 
 
 class Running:
-    """One request under way. `outcome` is what its work says of the end; None: the end of the `async with` says it."""
+    """A request under way. `outcome` is what its work says of the end; None: the end of the `async with` says it."""
 
     def __init__(self, group: GroupCommit, request_id: str, clock: Callable[[], float]) -> None:
         self.request_id = request_id
@@ -39,7 +39,7 @@ class Running:
         self._telling: asyncio.Task[Settled | None] | None = None
 
     def used(self, usage: Usage | Metered) -> None:
-        """All that is used by now; durable soon. Raises Conflict when the request was settled by others: then its work must stop."""
+        """All that is used so far, durable soon. Raises Conflict when others have settled the request: then its work must stop."""
         self.metered = Metered.of(usage)
         if self._telling is not None:
             if not self._telling.done():
