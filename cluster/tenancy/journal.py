@@ -6,7 +6,7 @@ are working state, derived from these and checked against them by `cluster/tenan
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -80,7 +80,7 @@ owners = Table(
     "ledger_owners",
     metadata,
     Column("owner", String(32), primary_key=True),
-    Column("lease_until", Float(53), nullable=False),  # later nobody may believe that it lives
+    Column("beat", BigInteger, nullable=False),  # grows as long as it lives; no clock is compared with another's
 )
 
 usage_records = Table(
@@ -175,16 +175,25 @@ def load(
     )
 
 
-def renew(connection: Connection, owner: str, until: float) -> None:
-    renewed = connection.execute(owners.update().where(owners.c.owner == owner).values(lease_until=until))
+def renew(connection: Connection, owner: str) -> None:
+    renewed = connection.execute(owners.update().where(owners.c.owner == owner).values(beat=owners.c.beat + 1))
     if not renewed.rowcount:
-        connection.execute(owners.insert().values(owner=owner, lease_until=until))
+        connection.execute(owners.insert().values(owner=owner, beat=1))
 
 
-def orphans(connection: Connection, now: float, longest_s: float, limit: int, among: Collection[str] | None = None) -> list[str]:
-    """Open requests whose owner's lease has ended, or that are open for longer than any request may take."""
-    dead = sa.or_(owners.c.lease_until.is_(None), owners.c.lease_until < now, holds.c.opened_at < now - longest_s)
-    query = sa.select(holds.c.request_id).outerjoin(owners, owners.c.owner == holds.c.owner).where(dead)
+def beats(connection: Connection) -> dict[str, int]:
+    """Of owners with something open."""
+    query = sa.select(owners.c.owner, owners.c.beat).where(owners.c.owner.in_(sa.select(holds.c.owner)))
+    return {row.owner: row.beat for row in connection.execute(query)}
+
+
+def orphans(
+    connection: Connection, silent: Mapping[str, int], opened_before: float, limit: int, among: Collection[str] | None = None
+) -> list[str]:
+    """Open requests of owners that are silent since this beat, and those that are open since before any request may be."""
+    heard = sa.tuple_(owners.c.owner, owners.c.beat).in_(sorted(silent.items()))
+    query = sa.select(holds.c.request_id).outerjoin(owners, owners.c.owner == holds.c.owner)
+    query = query.where(sa.or_(heard, holds.c.opened_at < opened_before))
     if among is not None:
         query = query.where(holds.c.request_id.in_(sorted(among)))
     return list(connection.scalars(query.order_by(holds.c.opened_at, holds.c.request_id).limit(limit)))

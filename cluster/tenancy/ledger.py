@@ -44,14 +44,17 @@ class Ledger:
         lease_s: float = 8.0,
         longest_s: float = 90_000.0,
         owner: str | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
-        self._clock = clock
+        self._clock, self._monotonic = clock, monotonic
         self.lease_s, self.longest_s = lease_s, longest_s
         self.owner = owner or secrets.token_hex(8)
         self.prices = Prices(store, clock)
         self._known = set[str]()  # scopes that have a balance
-        self._renewed_at = float("-inf")
+        self._renewed_at = float("-inf")  # monotonic
+        self._heard = dict[str, tuple[int, float]]()  # of owners: the last beat, and since when it is the last (monotonic)
+        self._silent = dict[str, int]()  # of those who gave no sign for a whole lease: their last beat
         self._broken = False
 
     def reserve(self, principal: Principal, request_id: str, model: str, worst: int | Metered) -> None:
@@ -70,16 +73,19 @@ class Ledger:
 
     def renew(self) -> None:
         """Say that the owner of this ledger's reservations lives."""
-        now = self._clock()
         with self._store.begin() as connection:
-            journal.renew(connection, self.owner, now + self.lease_s)
-        self._renewed_at = now
+            journal.renew(connection, self.owner)
+        self._renewed_at = self._monotonic()
 
     def reap(self, now: float | None = None) -> int:
-        """Settle reservations whose owners are gone; returns how many. Any process may do so at any time."""
+        """Settle reservations whose owners are gone; returns how many. Any process may do so at any time.
+
+        An owner is gone when this ledger has looked at it twice, `lease_s` apart or more, and heard nothing between.
+        """
         if self._renewed_at > float("-inf"):
-            self.renew()  # whatever the clock has done since, this one lives
+            self.renew()
         at, closed = self._clock() if now is None else now, 0
+        self._listen()
         while ids := self._orphans(at):
             settled = [result for result in self.apply([Reap(request_id) for request_id in ids], at) if isinstance(result, Settled)]
             closed += len(settled)
@@ -88,6 +94,14 @@ class Ledger:
         if closed:
             logger.warning("reservations without an owner were settled", extra={"count": closed})
         return closed
+
+    def _listen(self) -> None:
+        now = self._monotonic()
+        with self._store.read() as connection:
+            beats = journal.beats(connection)
+        last = self._heard
+        self._heard = {owner: last[owner] if last.get(owner, (0,))[0] == beat else (beat, now) for owner, beat in beats.items()}
+        self._silent = {owner: beat for owner, (beat, since) in self._heard.items() if now - since >= self.lease_s}
 
     def worst(self, principal: Principal, model: str, bound: Metered) -> int:
         """Micro-units that a request can't pass, by the prices in force now."""
@@ -125,20 +139,21 @@ class Ledger:
 
     def _apply(self, operations: Sequence[Operation], now: float) -> list[Result]:
         self._create_balances(operations)
-        fresh = 0 <= now - self._renewed_at <= self.lease_s / 3
-        renews = not fresh and any(isinstance(operation, Reserve) for operation in operations)
+        due = self._monotonic() - self._renewed_at > self.lease_s / 3
+        renews = due and any(isinstance(operation, Reserve) for operation in operations)
         with self._store.begin() as connection:
             ids = {operation.request_id for operation in operations}
             books = journal.load(connection, self.prices, self._locked(connection, operations, ids), ids, now, self.owner)
             if reaped := [operation.request_id for operation in operations if isinstance(operation, Reap)]:
-                books.orphans = frozenset(journal.orphans(connection, now, self.longest_s, len(reaped), among=reaped))
+                found = journal.orphans(connection, self._silent, now - self.longest_s, len(reaped), among=reaped)
+                books.orphans = frozenset(found)
             before = dict(books.holds)
             results = [_attempt(books, operation) for operation in operations]
             journal.write(connection, books, before)
             if renews:
-                journal.renew(connection, self.owner, now + self.lease_s)
+                journal.renew(connection, self.owner)
         if renews:
-            self._renewed_at = now
+            self._renewed_at = self._monotonic()
         return results
 
     def _create_balances(self, operations: Sequence[Operation]) -> None:
@@ -157,7 +172,7 @@ class Ledger:
 
     def _orphans(self, now: float) -> list[str]:
         with self._store.read() as connection:
-            return journal.orphans(connection, now, self.longest_s, _REAPED_AT_ONCE)
+            return journal.orphans(connection, self._silent, now - self.longest_s, _REAPED_AT_ONCE)
 
 
 def reservation(principal: Principal, request_id: str, model: str, worst: int | Metered) -> Reserve:

@@ -154,7 +154,7 @@ def _work() -> None:
     op.create_table(
         "ledger_owners",
         *_columns(sa.String(32), "owner"),
-        *_columns(sa.Float(53), "lease_until"),
+        *_columns(sa.BigInteger(), "beat"),
         sa.PrimaryKeyConstraint("owner", name="pk_ledger_owners"),
     )
     op.create_table(

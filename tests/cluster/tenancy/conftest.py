@@ -38,4 +38,4 @@ def either_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sto
 
 @pytest.fixture
 def ledger(either_store: Store, clock: Clock) -> Ledger:
-    return Ledger(either_store, clock)
+    return Ledger(either_store, clock, monotonic=clock)

@@ -45,7 +45,8 @@ class LedgerMachine(RuleBasedStateMachine):
         metadata.create_all(self.store.engine)
         self.clock = Clock()
         self.begun = self.clock.now
-        self.ledgers = [Ledger(self.store, self.clock), Ledger(self.store, self.clock)]
+        self.monotonic = Clock(0.0)
+        self.ledgers = [Ledger(self.store, self.clock, monotonic=self.monotonic) for _ in range(2)]
         self.ledgers[0].prices.publish("default", prices(PER_TOKEN))
         self.budgets = Budgets(self.store)
         self.limits: dict[tuple[str, str], int] = {}
@@ -54,7 +55,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.spent: list[tuple[str, int, int, int]] = []  # project, day, month, amount
         self.latest = dict.fromkeys(PROJECTS.values(), 0.0)
         self.counted: dict[tuple[str, int], int] = {}
-        self.lease = [-1e9, -1e9]
+        self.beats, self.beat_at = [0, 0], [-1e9, -1e9]
+        self.heard: dict[int, tuple[int, float]] = {}
         self.made = 0
 
     def teardown(self) -> None:
@@ -121,18 +123,31 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.5, 3.0, 9.0, 3600.0, 86_400.0, 20 * 86_400.0, -30.0, -86_400.0]))
     def time_passes(self, seconds: float) -> None:
+        self.monotonic.now += max(0.0, seconds)
         self.clock.now = max(self.begun, self.clock.now + seconds)  # earlier there were no prices
 
     @rule(owner=st.integers(0, 1))
     def renew(self, owner: int) -> None:
         self.ledgers[owner].renew()
-        self.lease[owner] = self.clock.now + self.ledgers[owner].lease_s
+        self.beat(owner)
+
+    def beat(self, owner: int) -> None:
+        self.beats[owner] += 1
+        self.beat_at[owner] = self.monotonic.now
 
     @rule()
     def reap(self) -> None:
-        if self.lease[1] > 0:
-            self.lease[1] = self.clock.now + self.ledgers[1].lease_s
-        dead = [name for name, hold in self.open.items() if self.lease[hold.owner] < self.clock.now or self.opened_long_ago(name)]
+        if self.beats[1]:
+            self.beat(1)
+        silent = set()
+        for owner in {hold.owner for hold in self.open.values()}:
+            if self.heard.get(owner, (0, 0.0))[0] != self.beats[owner]:
+                self.heard[owner] = self.beats[owner], self.monotonic.now
+            elif self.monotonic.now - self.heard[owner][1] >= self.ledgers[1].lease_s:
+                silent.add(owner)
+        for owner in {0, 1} - {hold.owner for hold in self.open.values()}:
+            self.heard.pop(owner, None)  # nothing of it is open: not listened to
+        dead = [name for name, hold in self.open.items() if hold.owner in silent or self.opened_long_ago(name)]
         before = len(self.closed)
         assert self.ledgers[1].reap() == len(dead)
         for name in self.reaped_in_order(dead):
@@ -211,9 +226,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def group(self, owner: int, operations: list[Operation]) -> list[Settled | PlatformError | None]:
         ledger = self.ledgers[owner]
-        fresh = 0 <= self.clock.now - ledger._renewed_at <= ledger.lease_s / 3
-        if not fresh and any(isinstance(operation, Reserve) for operation in operations):
-            self.lease[owner] = self.clock.now + ledger.lease_s
+        due = self.monotonic.now - self.beat_at[owner] > ledger.lease_s / 3
+        if due and any(isinstance(operation, Reserve) for operation in operations):
+            self.beat(owner)
         results = ledger.apply(operations)
         for operation, result in zip(operations, results, strict=True):
             if isinstance(operation, Reserve) and result is None:

@@ -123,8 +123,10 @@ async def test_who_was_given_up_must_stop_and_is_not_billed_again(metering: Mete
         async with metering.request(caller(), "r1", "chat", BOUND) as running:
             running.used(Usage(10, 40))
             await asyncio.sleep(0.05)
+            other = Ledger(store, clock, monotonic=clock)
+            other.reap()
             clock.now += 60
-            assert Ledger(store, clock).reap() == 1
+            assert other.reap() == 1
             for tokens in range(72, 200, 32):
                 running.used(Usage(10, tokens))
                 await asyncio.sleep(0.05)
@@ -135,9 +137,8 @@ async def test_who_was_given_up_must_stop_and_is_not_billed_again(metering: Mete
 
 
 async def test_the_heartbeat_keeps_the_living_and_settles_the_dead(store: Store, clock: Clock) -> None:
-    dead, alive = Ledger(store, clock), Ledger(store, clock, lease_s=0.03)
+    dead, alive = Ledger(store, clock), Ledger(store, clock, lease_s=0.1)
     dead.reserve(caller(), "dead", "chat", 5)
-    clock.now += 60
     metering = Metering(alive)
     beating = asyncio.ensure_future(metering.beat())
     async with metering.request(caller(), "living", "chat", 5):
