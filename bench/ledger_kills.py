@@ -123,7 +123,7 @@ def heard(reading: int, pid: int) -> list[str]:
 
 def killed_at_any_time(url: str, name: str, rng: random.Random) -> list[str]:
     pid, reading = started(url, name)
-    time.sleep(rng.uniform(0.002, 0.08))
+    time.sleep(rng.uniform(0.02, 0.3))
     os.kill(pid, signal.SIGKILL)
     return heard(reading, pid)
 
@@ -170,6 +170,7 @@ def refuse_after_a_failed_sync(url: str, name: str, said: int, requests: int) ->
 def audited(url: str, said: list[str], way: str, report: Report) -> None:
     """Compare what was said with the books; then reap what was left open, and look again."""
     store = Store(url)
+    report.ends[way] += 1
     try:
         check(store, said, report)
         elapsed = [0.0]
@@ -178,9 +179,10 @@ def audited(url: str, said: list[str], way: str, report: Report) -> None:
         elapsed[0] = 3600.0
         reaper.reap()
         report.wrong += problems(store)
+    except sa.exc.DatabaseError as error:
+        report.wrong.append(f"the database can't be read: {error.orig}")
     finally:
         store.close()
-    report.ends[way] += 1
 
 
 def check(store: Store, said: list[str], report: Report) -> None:

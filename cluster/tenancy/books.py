@@ -13,7 +13,7 @@ from cluster.errors import BudgetExceeded, Conflict, InvalidRequest, NotFound
 from cluster.tenancy import money, postings, rating
 from cluster.tenancy.budgets import Balance, Budget, passed, scope
 from cluster.tenancy.metered import NOTHING, Metered, Outcome, billable
-from cluster.tenancy.postings import Entry, Posting
+from cluster.tenancy.postings import Entry, Kind, Posting
 from cluster.tenancy.prices import Changes
 from cluster.tenancy.rating import Counter, Item, PriceList
 
@@ -123,13 +123,14 @@ class Books:
         """Raises BudgetExceeded, Conflict or NotFound, and has then changed nothing."""
         match operation:
             case Reserve():
-                return self._reserve(operation)
+                self._reserve(operation)
             case Progress():
-                return self._progress(operation)
+                self._progress(operation)
             case Settle():
                 return self._settle(operation)
             case Reap():
                 return self._reap(operation)
+        return None
 
     def booking_time(self, organization: str) -> float:
         return max(self.now, self.balances[scope("organization", organization)].booked_at)
@@ -209,7 +210,7 @@ class Books:
         self.counted.update((hold.organization, item.counter) for item in items)
         return items
 
-    def _post(self, hold: Hold, kind: postings.Kind, at: float, entries: Iterable[Entry]) -> int:
+    def _post(self, hold: Hold, kind: Kind, at: float, entries: Iterable[Entry]) -> int:
         organization = self.balances[scope("organization", hold.organization)]
         organization.seq += 1
         organization.booked_at = at

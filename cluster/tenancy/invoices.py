@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 import msgspec
 import sqlalchemy as sa
@@ -140,7 +141,7 @@ class Invoices:
         return Invoice(f"INV-{name}-{organization}", organization, name, known[closing].currency, issued_at, tuple(lines), used)
 
 
-def sums(connection: Connection, organization: str, month: int, *, by_day: bool = False) -> Sequence[sa.Row[tuple[object, ...]]]:
+def sums(connection: Connection, organization: str, month: int, *, by_day: bool = False) -> Sequence[sa.Row[Any]]:
     """Quantity and amount of a month's usage by project, model, meter and version of prices, by day too if wanted."""
     p, e = journal.postings.c, entries.c
     group = [*([p.day] if by_day else []), p.project, e.model, e.meter, e.price]
@@ -155,7 +156,7 @@ def sums(connection: Connection, organization: str, month: int, *, by_day: bool 
     return connection.execute(query).all()
 
 
-def line_of(row: sa.Row[tuple[object, ...]], prices: PriceList) -> Line:
+def line_of(row: sa.Row[Any], prices: PriceList) -> Line:
     meter = METERS[row.meter]
     charge = prices.charge(row.model, row.meter)
     steps = charge.steps if charge else ()

@@ -242,7 +242,7 @@ def append(connection: Connection, made: Sequence[Posting]) -> None:
 
 def save(connection: Connection, changed: Sequence[Balance]) -> None:
     if changed:
-        values = {column.name: sa.bindparam(f"b_{column.name}") for column in balances.c if column.name != "scope"}
+        values: dict[str, Any] = {column.name: sa.bindparam(f"b_{column.name}") for column in balances.c if column.name != "scope"}
         statement = balances.update().where(balances.c.scope == sa.bindparam("b_scope")).values(values)
         connection.execute(statement, [{f"b_{name}": value for name, value in asdict(each).items()} for each in changed])
 
@@ -259,7 +259,7 @@ def _write_holds(connection: Connection, after: dict[str, Hold], before: dict[st
     if new := [hold_row(hold) for request_id, hold in after.items() if request_id not in before]:
         connection.execute(holds.insert(), new)
     if moved := [hold for request_id, hold in after.items() if request_id in before and hold != before[request_id]]:
-        values = {name: sa.bindparam(f"b_{name}") for name in METERS}
+        values: dict[str, Any] = {name: sa.bindparam(f"b_{name}") for name in METERS}
         statement = holds.update().where(holds.c.request_id == sa.bindparam("b_request_id")).values(values)
         connection.execute(statement, [{f"b_{name}": value for name, value in hold_row(hold).items()} for hold in moved])
 

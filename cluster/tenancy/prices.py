@@ -87,6 +87,7 @@ class Prices:
             self._check(connection, prices, plan, since)
             row = {"plan": plan, "effective_at": since, "created_at": now, "body": prices.model_dump_json()}
             made = connection.execute(price_versions.insert().values(row))
+            assert made.inserted_primary_key
             return PriceVersion(int(made.inserted_primary_key[0]), plan, since, prices)
 
     def subscribe(self, organization: str, plan: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -22,6 +23,14 @@ class By(StrEnum):
     key = "key"
     model = "model"
     outcome = "outcome"
+
+
+_COLUMNS: dict[By, Literal["project", "key_id", "model", "outcome"]] = {
+    By.project: "project",
+    By.key: "key_id",
+    By.model: "model",
+    By.outcome: "outcome",
+}
 
 
 def add_to(app: typer.Typer) -> None:
@@ -43,14 +52,19 @@ def usage(
     from mmaas.up import opened_store
 
     number = periods.month_of(time.time()) if month is None else periods.parse_month(month)
-    names: list[usage_report.By] = ["key_id" if one is By.key else one.value for one in by or [By.project, By.model]]
-    asked = usage_report.Question(*map(periods.month_start, (number, number + 1)), by=names, organization=organization)
+    chosen = by or [By.project, By.model]
+    asked = usage_report.Question(
+        periods.month_start(number),
+        periods.month_start(number + 1),
+        by=[_COLUMNS[one] for one in chosen],
+        organization=organization,
+    )
     with opened_store(settings.load()) as store:
         found = usage_report.usage(store, asked)
     if as_json:
         write_json([_as_json(each) for each in found])
     else:
-        _print(found, names)
+        _print(found, asked.by)
 
 
 def _as_json(each: Sum) -> dict[str, object]:
@@ -61,7 +75,7 @@ def _as_json(each: Sum) -> dict[str, object]:
     return {**each.group, **asdict(each.metered), "amount": money.plain(each.amount)}
 
 
-def _print(found: list[Sum], names: list[str]) -> None:
+def _print(found: list[Sum], names: Sequence[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -20,7 +22,7 @@ METERS = (
 APPEND_ONLY = ("postings", "entries", "usage_records", "price_versions", "plan_changes", "grants", "invoices")
 
 
-def _columns(kind: type[sa.types.TypeEngine[object]] | sa.types.TypeEngine[object], *names: str) -> list[sa.Column[object]]:
+def _columns(kind: Any, *names: str) -> list[sa.Column[Any]]:
     return [sa.Column(name, kind, nullable=False) for name in names]
 
 
