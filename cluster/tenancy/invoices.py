@@ -141,7 +141,7 @@ class Invoices:
         return Invoice(f"INV-{name}-{organization}", organization, name, known[closing].currency, issued_at, tuple(lines), used)
 
 
-def sums(connection: Connection, organization: str, month: int, *, by_day: bool = False) -> Sequence[sa.Row[Any]]:
+def sums(connection: Connection, organization: str, month: int, *, by_day: bool = False) -> Sequence[Any]:
     """Quantity and amount of a month's usage by project, model, meter and version of prices, by day too if wanted."""
     p, e = journal.postings.c, entries.c
     group = [*([p.day] if by_day else []), p.project, e.model, e.meter, e.price]
