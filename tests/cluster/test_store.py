@@ -134,12 +134,14 @@ def test_several_processes_can_migrate_at_once(tmp_path: Path) -> None:
 
 
 def test_a_schema_from_the_future_is_refused(store: Store) -> None:
+    version = sa.table("alembic_version", sa.column("version_num"))
     with store.begin() as connection:
-        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+        here = connection.scalar(sa.select(version.c.version_num))
+        connection.execute(version.update().values(version_num="9999"))
     with pytest.raises(StorageError, match="newer version"):
         store.migrate()
     with store.begin() as connection:
-        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+        connection.execute(version.update().values(version_num=here))
 
 
 @pytest.mark.parametrize("url", ["nonsense", "oracle+nothing://x", ""])
