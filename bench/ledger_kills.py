@@ -2,7 +2,7 @@
 
     python -m bench.ledger_kills            # about a thousand kills and as many losses of power: some minutes
 
-Four ways to end a writer, all on SQLite in a directory of their own:
+Ways to end a writer, all on SQLite in a directory of their own; the last one in the tests alone:
 
     at any time     SIGKILL after a random time
     at a syscall    SIGKILL at its n-th write, sync, truncate or unlink, for every n (strace)
@@ -16,6 +16,7 @@ did not get to say may be there or not, but whole. After each end the reservatio
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import shutil
@@ -228,6 +229,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=8, help="requests of the run that loses power at every call")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
+    logging.disable(logging.WARNING)  # every reaper says that it found something
     report, rng = Report(), random.Random(asked.seed)
     with tempfile.TemporaryDirectory(prefix="mmaas-kills-") as place:
         url = prepare(fresh(Path(place) / "any"))
