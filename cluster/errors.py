@@ -90,6 +90,21 @@ class Conflict(InvalidRequest):
     code = "conflict"
 
 
+class BudgetExceeded(PlatformError):
+    """Raised before any work when what a request may cost could pass a budget, with all that is reserved already."""
+
+    status = 429
+    code = "insufficient_quota"
+    type = "insufficient_quota"
+
+
+class LedgerUnavailable(PlatformError):
+    """Raised when what a request costs can't be written down now; nothing that costs is begun then."""
+
+    status = 503
+    code = "billing_unavailable"
+
+
 class PayloadTooLarge(InvalidRequest):
     """Raised when a body is longer than the gateway accepts."""
 

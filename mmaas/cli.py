@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from mmaas.commands import adapters, chat, keys, models, plan, platform, projects, train, users
+from mmaas.commands import adapters, chat, invoice, keys, models, plan, platform, prices, projects, train, usage, users
 
 app = typer.Typer(
     name="mmaas",
@@ -28,6 +28,10 @@ app.add_typer(projects.organizations, name="organizations")
 app.add_typer(projects.app, name="projects")
 app.add_typer(users.app, name="users")
 app.add_typer(keys.app, name="keys")
+usage.add_to(app)
+app.add_typer(invoice.app, name="invoice")
+app.add_typer(prices.prices, name="prices")
+app.add_typer(prices.budgets, name="budgets")
 chat.add_to(app)
 app.add_typer(train.app, name="train")
 

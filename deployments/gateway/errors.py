@@ -12,7 +12,7 @@ import msgspec
 import pydantic
 from starlette.exceptions import HTTPException
 
-from cluster.errors import Conflict, InvalidRequest, ModelError, NotFound, PayloadTooLarge, PlatformError
+from cluster.errors import BudgetExceeded, Conflict, InvalidRequest, ModelError, NotFound, PayloadTooLarge, PlatformError
 
 _BY_PYDANTIC = {"missing": "missing_required_parameter", "finite_number": "invalid_value"}
 _STATUS_TEXT = {404: "there is no such route", 405: "this route does not answer that method"}
@@ -75,7 +75,7 @@ def retry_headers(error: PlatformError) -> list[tuple[bytes, bytes]]:
     headers = []
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
-    if isinstance(error, (Conflict, ModelError)):
+    if isinstance(error, (Conflict, ModelError, BudgetExceeded)):
         headers.append((b"x-should-retry", b"false"))
     return headers
 

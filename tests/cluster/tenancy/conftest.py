@@ -1,22 +1,31 @@
-"""Accounts over an empty store with a clock that is set by hand: on SQLite and on Postgres."""
+"""Accounts and a ledger over an empty store, on SQLite and on Postgres, and a clock that tests move."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from cluster.store import Store, metadata
 from cluster.tenancy.accounts import Accounts
+from cluster.tenancy.ledger import Ledger
 from cluster.tenancy.projects import DEFAULT, organizations, projects
 
 
 class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
+    """Seconds since the epoch; begins on 2026-11-23 at noon, UTC."""
+
+    def __init__(self, now: float = 1_795_435_200.0) -> None:
+        self.now = now
 
     def __call__(self) -> float:
         return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgres"])
@@ -43,10 +52,21 @@ def store(migrated: Store) -> Store:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def accounts(store: Store, clock: Clock) -> Accounts:
+    return Accounts(store, b"pepper", clock)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def either_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """A store of this test alone: what a ledger holds can't be deleted."""
+    is_sqlite = request.param == "sqlite"
+    store = Store(f"sqlite:///{tmp_path}/mmaas.db" if is_sqlite else request.getfixturevalue("postgres_url"))
+    store.migrate()
+    yield store
+    store.downgrade("base")
+    store.close()
 
 
 @pytest.fixture
-def accounts(store: Store, clock: Clock) -> Accounts:
-    return Accounts(store, b"pepper", clock)
+def ledger(either_store: Store, clock: Clock) -> Ledger:
+    return Ledger(either_store, clock, monotonic=clock)

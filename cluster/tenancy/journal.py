@@ -1,0 +1,309 @@
+"""The ledger's tables, and the two ways through them: load what a group of operations needs, write what became of it.
+
+Postings, entries and usage records are append-only, and the database itself refuses to change or delete them. Holds and counters
+are working state, derived from these and checked against them by `cluster/tenancy/reconcile.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import BigInteger, Column, Connection, Float, ForeignKeyConstraint, Integer, String, Table, UniqueConstraint
+
+from cluster.store import Store, metadata
+from cluster.tenancy import budgets as limits
+from cluster.tenancy import periods
+from cluster.tenancy.books import Books, Hold, Used
+from cluster.tenancy.budgets import Balance, Budget, balances, scope
+from cluster.tenancy.metered import METERS, Metered
+from cluster.tenancy.postings import Entry, Kind, Posting
+from cluster.tenancy.prices import Prices
+from cluster.tenancy.rating import Counter
+
+APPEND_ONLY = ("postings", "entries", "usage_records", "price_versions", "plan_changes", "grants", "invoices")
+"""Tables whose rows a trigger keeps as they are."""
+
+
+def _meters() -> list[Column[int]]:
+    return [Column(name, BigInteger, nullable=False) for name in METERS]
+
+
+postings = Table(
+    "postings",
+    metadata,
+    Column("organization", String(63), primary_key=True),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("subject", String(100), nullable=False),  # a request, a grant or an invoice
+    Column("kind", String(12), nullable=False),
+    Column("project", String(63), nullable=False),
+    Column("day", Integer, nullable=False),  # of booked_at, for sums by day
+    Column("booked_at", Float(53), nullable=False),  # seconds since the epoch, here and below
+    UniqueConstraint("subject", "kind", name="uq_postings_subject_kind"),
+    sa.Index("ix_postings_organization_day", "organization", "day"),
+)
+
+entries = Table(
+    "entries",
+    metadata,
+    Column("organization", String(63), primary_key=True),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("line", Integer, primary_key=True, autoincrement=False),
+    Column("account", String(110), nullable=False, index=True),
+    Column("amount", BigInteger, nullable=False),  # micro-units: a debit is positive
+    Column("model", String(130)),
+    Column("meter", String(20)),
+    Column("quantity", BigInteger),
+    Column("price", Integer),
+    ForeignKeyConstraint(["organization", "seq"], ["postings.organization", "postings.seq"], name="fk_entries_posting"),
+)
+
+holds = Table(
+    "holds",
+    metadata,
+    Column("request_id", String(100), primary_key=True),
+    Column("organization", String(63), nullable=False),
+    Column("project", String(63), nullable=False),
+    Column("key_id", String(63), nullable=False),
+    Column("model", String(130), nullable=False),
+    Column("price", Integer, nullable=False),  # version
+    Column("worst", BigInteger, nullable=False),
+    Column("opened_at", Float(53), nullable=False),
+    Column("owner", String(32), nullable=False, index=True),
+    *_meters(),
+)
+
+owners = Table(
+    "ledger_owners",
+    metadata,
+    Column("owner", String(32), primary_key=True),
+    Column("beat", BigInteger, nullable=False),  # grows as long as it lives; no clock is compared with another's
+)
+
+usage_records = Table(
+    "usage_records",
+    metadata,
+    Column("request_id", String(100), primary_key=True),
+    Column("organization", String(63), nullable=False),
+    Column("seq", BigInteger, nullable=False),  # of its posting
+    Column("project", String(63), nullable=False),
+    Column("key_id", String(63), nullable=False),
+    Column("model", String(130), nullable=False),
+    Column("price", Integer, nullable=False),
+    Column("outcome", String(16), nullable=False),
+    Column("opened_at", Float(53), nullable=False),
+    Column("booked_at", Float(53), nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    *_meters(),
+    sa.Index("ix_usage_records_organization_booked_at", "organization", "booked_at"),
+)
+
+counters = Table(
+    "counters",
+    metadata,
+    Column("organization", String(63), primary_key=True),
+    Column("charge", String(200), primary_key=True),
+    Column("label", Integer, primary_key=True, autoincrement=False),  # of its window: a day or a month
+    Column("quantity", BigInteger, nullable=False),
+)
+
+_HOLD = [field.name for field in fields(Hold) if field.name != "metered"]
+
+
+def metered_of(row: Any) -> Metered:
+    return Metered(**{name: getattr(row, name) for name in METERS})
+
+
+def hold_of(row: Any) -> Hold:
+    return Hold(**{name: getattr(row, name) for name in _HOLD}, metered=metered_of(row))
+
+
+def hold_row(hold: Hold) -> dict[str, Any]:
+    return {name: getattr(hold, name) for name in _HOLD} | asdict(hold.metered)
+
+
+def scopes_of(connection: Connection, request_ids: Collection[str]) -> dict[str, tuple[str, str, str]]:
+    """The scopes of open reservations, without a lock: these never change while a reservation lives."""
+    query = sa.select(holds).where(holds.c.request_id.in_(sorted(request_ids)))
+    return {row.request_id: hold_of(row).scopes for row in connection.execute(query)}
+
+
+def lock(connection: Connection, scopes: Collection[str]) -> dict[str, Balance]:
+    """These balances, nobody else's until the transaction ends. In one order everywhere, so that nobody waits in a circle."""
+    rows = connection.execute(sa.select(balances).where(balances.c.scope.in_(scopes)).order_by(balances.c.scope).with_for_update())
+    return {row.scope: Balance(**row._mapping) for row in rows}
+
+
+def create(connection: Connection, scopes: Collection[str]) -> None:
+    """Empty balances for scopes that have none."""
+    rows = [asdict(Balance(name)) for name in sorted(scopes)]
+    if connection.dialect.name == "postgresql":
+        from sqlalchemy.dialects.postgresql import insert
+
+        connection.execute(insert(balances).on_conflict_do_nothing(), rows)
+    else:
+        connection.execute(balances.insert().prefix_with("OR IGNORE"), rows)
+
+
+def load(
+    connection: Connection, prices: Prices, found: dict[str, Balance], request_ids: Collection[str], now: float, owner: str
+) -> Books:
+    """All that operations on these requests can need, once the balances are locked."""
+    ids = sorted(request_ids)
+    organizations = [name.partition(":")[2] for name in found if name.startswith("organization:")]
+    rows = map(hold_of, connection.execute(sa.select(holds).where(holds.c.request_id.in_(ids))))
+    open_now = {hold.request_id: hold for hold in rows if found.keys() >= set(hold.scopes)}
+    c = usage_records.c
+    closed = {row[0]: row[1] for row in connection.execute(sa.select(c.request_id, c.amount).where(c.request_id.in_(ids)))}
+    changes = prices.changes(connection, organizations)
+    times = {name: max(now, found[scope("organization", name)].booked_at) for name in organizations}
+    versions = {hold.price for hold in open_now.values()} | {changes.version_at(name, at) for name, at in times.items()}
+    return Books(
+        now=now,
+        owner=owner,
+        balances=found,
+        budgets=_by_scope(limits.read(connection, sorted(found))),
+        holds=open_now,
+        closed=closed,
+        orphans=frozenset(),
+        changes=changes,
+        prices=prices.bodies(connection, versions),
+        counters=_counters(connection, organizations, times.values()),
+    )
+
+
+def renew(connection: Connection, owner: str) -> None:
+    renewed = connection.execute(owners.update().where(owners.c.owner == owner).values(beat=owners.c.beat + 1))
+    if not renewed.rowcount:
+        connection.execute(owners.insert().values(owner=owner, beat=1))
+
+
+def beats(connection: Connection) -> dict[str, int]:
+    """Of owners with something open."""
+    query = sa.select(owners.c.owner, owners.c.beat).where(owners.c.owner.in_(sa.select(holds.c.owner)))
+    return {row.owner: row.beat for row in connection.execute(query)}
+
+
+def orphans(
+    connection: Connection, silent: Mapping[str, int], opened_before: float, limit: int, among: Collection[str] | None = None
+) -> list[str]:
+    """Open requests of owners that are silent since this beat, and those that are open since before any request may be."""
+    heard = sa.tuple_(owners.c.owner, owners.c.beat).in_(sorted(silent.items()))
+    query = sa.select(holds.c.request_id).outerjoin(owners, owners.c.owner == holds.c.owner)
+    query = query.where(sa.or_(heard, holds.c.opened_at < opened_before))
+    if among is not None:
+        query = query.where(holds.c.request_id.in_(sorted(among)))
+    return list(connection.scalars(query.order_by(holds.c.opened_at, holds.c.request_id).limit(limit)))
+
+
+def _by_scope(found: Iterable[Budget]) -> dict[str, list[Budget]]:
+    by_scope: dict[str, list[Budget]] = {}
+    for budget in found:
+        by_scope.setdefault(budget.scope, []).append(budget)
+    return by_scope
+
+
+def _counters(connection: Connection, organizations: Sequence[str], times: Iterable[float]) -> dict[str, dict[Counter, int]]:
+    labels = {label for at in times for label in (periods.day_of(at), periods.month_of(at))}
+    query = sa.select(counters).where(counters.c.organization.in_(organizations), counters.c.label.in_(sorted(labels)))
+    loaded: dict[str, dict[Counter, int]] = {}
+    for row in connection.execute(query):
+        loaded.setdefault(row.organization, {})[row.charge, row.label] = row.quantity
+    return loaded
+
+
+def write(connection: Connection, books: Books, before: dict[str, Hold]) -> None:
+    """Everything that changed since `load`; `before`: the holds as they were then."""
+    append(connection, books.postings)
+    if books.used:
+        connection.execute(usage_records.insert(), [_used_row(used) for used in books.used])
+    _write_holds(connection, books.holds, before)
+    save(connection, [books.balances[name] for name in sorted(books.touched)])
+    _write_counters(connection, books)
+
+
+def append(connection: Connection, made: Sequence[Posting]) -> None:
+    if not made:
+        return
+    names = ("organization", "seq", "subject", "kind", "project", "booked_at")
+    rows = [{name: getattr(posting, name) for name in names} | {"day": periods.day_of(posting.booked_at)} for posting in made]
+    connection.execute(postings.insert(), rows)
+    lines = [
+        {"organization": posting.organization, "seq": posting.seq, "line": line} | asdict(entry)
+        for posting in made
+        for line, entry in enumerate(posting.entries)
+    ]
+    if lines:
+        connection.execute(entries.insert(), lines)
+
+
+def save(connection: Connection, changed: Sequence[Balance]) -> None:
+    if changed:
+        values: dict[str, Any] = {column.name: sa.bindparam(f"b_{column.name}") for column in balances.c if column.name != "scope"}
+        statement = balances.update().where(balances.c.scope == sa.bindparam("b_scope")).values(values)
+        connection.execute(statement, [{f"b_{name}": value for name, value in asdict(each).items()} for each in changed])
+
+
+def _used_row(used: Used) -> dict[str, Any]:
+    names = ("request_id", "organization", "project", "key_id", "model", "price", "opened_at")
+    own = {name: getattr(used, name) for name in ("seq", "outcome", "booked_at", "amount")}
+    return {name: getattr(used.hold, name) for name in names} | own | asdict(used.metered)
+
+
+def _write_holds(connection: Connection, after: dict[str, Hold], before: dict[str, Hold]) -> None:
+    if gone := [request_id for request_id in before if request_id not in after]:
+        connection.execute(holds.delete().where(holds.c.request_id.in_(gone)))
+    if new := [hold_row(hold) for request_id, hold in after.items() if request_id not in before]:
+        connection.execute(holds.insert(), new)
+    if moved := [hold for request_id, hold in after.items() if request_id in before and hold != before[request_id]]:
+        values: dict[str, Any] = {name: sa.bindparam(f"b_{name}") for name in METERS}
+        statement = holds.update().where(holds.c.request_id == sa.bindparam("b_request_id")).values(values)
+        connection.execute(statement, [{f"b_{name}": value for name, value in hold_row(hold).items()} for hold in moved])
+
+
+def _write_counters(connection: Connection, books: Books) -> None:
+    rows = [
+        {"organization": organization, "charge": charge, "label": label, "quantity": books.counters[organization][charge, label]}
+        for organization, (charge, label) in sorted(books.counted)
+    ]
+    if not rows:
+        return
+    if connection.dialect.name == "postgresql":
+        from sqlalchemy.dialects.postgresql import insert
+    else:
+        from sqlalchemy.dialects.sqlite import insert  # type: ignore[assignment]
+    statement = insert(counters)
+    key = [counters.c.organization, counters.c.charge, counters.c.label]
+    connection.execute(statement.on_conflict_do_update(index_elements=key, set_={"quantity": statement.excluded.quantity}), rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """An organization's books, locked: what is posted here comes after all that was posted before, in number and in time."""
+
+    connection: Connection
+    balance: Balance
+
+    def post(self, subject: str, kind: Kind, moved: Sequence[Entry]) -> Posting:
+        self.balance.seq += 1
+        organization = self.balance.scope.partition(":")[2]
+        posting = Posting(organization, self.balance.seq, subject, kind, "", self.balance.booked_at, tuple(moved))
+        append(self.connection, [posting])
+        return posting
+
+
+@contextmanager
+def opened(store: Store, organization: str, now: float) -> Iterator[Page]:
+    """One transaction. Once it is committed, nothing is booked before `now`, by whatever clock."""
+    name = scope("organization", organization)
+    with store.begin() as connection:
+        create(connection, [name])
+    with store.begin() as connection:
+        balance = lock(connection, [name])[name]
+        balance.reach(now)
+        balance.booked_at = max(balance.booked_at, now)
+        yield Page(connection, balance)
+        save(connection, [balance])

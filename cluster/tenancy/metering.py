@@ -1,0 +1,126 @@
+"""A server's way to the ledger: an `async with` around a request reserves before it, keeps its progress and settles its end.
+
+`beat` must run as long as the server does: it says that the server lives, and settles what dead ones left. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from cluster.errors import Conflict, LedgerUnavailable, PlatformError, ReplicaLost
+from cluster.tenancy.books import Progress, Settle, Settled
+from cluster.tenancy.group_commit import GroupCommit
+from cluster.tenancy.ledger import Ledger, reservation
+from cluster.tenancy.metered import NOTHING, Metered, Outcome
+from cluster.types import Principal, Usage
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_TOKENS = 32
+PROGRESS_S = 1.0
+"""How much of a stream a dead server may leave unbilled: whichever comes first."""
+
+
+class Running:
+    """A request under way. `outcome` is what its work says of the end; None: the end of the `async with` says it."""
+
+    def __init__(self, group: GroupCommit, request_id: str, clock: Callable[[], float]) -> None:
+        self.request_id = request_id
+        self.outcome: Outcome | None = None
+        self.metered = NOTHING
+        self.settled: Settled | None = None  # once it is
+        self._group = group
+        self._clock = clock
+        self._told, self._told_at = 0, clock()
+        self._telling: asyncio.Task[Settled | None] | None = None
+
+    def used(self, usage: Usage | Metered) -> None:
+        """All that is used so far, durable soon. Raises Conflict when others have settled the request: then its work must stop."""
+        self.metered = Metered.of(usage)
+        if self._telling is not None:
+            if not self._telling.done():
+                return
+            self._heard(self._telling)
+        now = self._clock()
+        if self.metered.output_tokens - self._told >= PROGRESS_TOKENS or now - self._told_at >= PROGRESS_S:
+            self._told, self._told_at = self.metered.output_tokens, now
+            self._telling = asyncio.ensure_future(self._group.do(Progress(self.request_id, self.metered)))
+
+    def _heard(self, telling: asyncio.Task[Settled | None]) -> None:
+        self._telling = None
+        if isinstance(error := telling.exception(), Conflict):
+            raise error
+        if error is not None:
+            logger.warning("progress was not kept", extra={"request_id": self.request_id, "reason": str(error)})
+
+    async def settle(self, outcome: Outcome) -> None:
+        """Once, and to the end even if the caller is cancelled. What can't be written now is left to the reaper."""
+        if self._telling is not None:
+            await asyncio.wait({self._telling})
+            self._telling.exception()
+        work = asyncio.ensure_future(self._group.do(Settle(self.request_id, self.metered, self.outcome or outcome)))
+        try:
+            self.settled = await asyncio.shield(work)
+        except LedgerUnavailable:
+            logger.critical("a request could not be settled", extra={"request_id": self.request_id})
+
+
+class Metering:
+    """One for a server's event loop. `clock` is monotonic, in seconds."""
+
+    def __init__(self, ledger: Ledger, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ledger = ledger
+        self._clock = clock
+        self._group = GroupCommit(ledger.apply)
+
+    @asynccontextmanager
+    async def request(self, principal: Principal, request_id: str, model: str, worst: int | Metered) -> AsyncIterator[Running]:
+        """Raises BudgetExceeded before the body has run. The body calls `Running.used`."""
+        running = Running(self._group, request_id, self._clock)
+        asked = asyncio.ensure_future(self._group.do(reservation(principal, request_id, model, worst)))
+        try:
+            await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            await _undone(asked, running)
+            raise
+        outcome: Outcome = "finished"
+        try:
+            yield running
+        except BaseException as error:
+            outcome = outcome_of(error)
+            raise
+        finally:
+            await running.settle(outcome)
+
+    async def beat(self) -> None:
+        """Renew and reap, three times in a lease, until it is cancelled."""
+        while True:
+            try:
+                await asyncio.to_thread(self._ledger.renew)
+                await asyncio.to_thread(self._ledger.reap)
+            except Exception:
+                logger.exception("the ledger's heartbeat failed")
+            await asyncio.sleep(self._ledger.lease_s / 3)
+
+    async def close(self) -> None:
+        await self._group.close()
+
+
+async def _undone(asked: asyncio.Task[Settled | None], running: Running) -> None:
+    """A caller left while its reservation was written: give it back, if it came to be."""
+    await asyncio.wait({asked})
+    if asked.exception() is None:
+        await running.settle("client_gone")
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """How a request ended that ended by this."""
+    if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+        return "client_gone"
+    if isinstance(error, ReplicaLost):
+        return "replica_lost"
+    return "cancelled" if isinstance(error, PlatformError) and error.status < 500 else "failed"
