@@ -107,7 +107,6 @@ class RateLimited(PlatformError):
     headers: Mapping[str, str] = {}  # what is left, in the process that counted; they don't travel
 
 
-
 class Overloaded(PlatformError):
     """Raised when a queue is full; `retry_after_s` says when to come back."""
 

@@ -1,9 +1,9 @@
 """How much may be spent now: the generic cell rate algorithm in its leaky-bucket form (ITU-T I.371, annex A), as pure functions.
 
-A bucket holds what was spent and leaks `limit` units a minute; more than `burst` never fits. So in any window no more than `burst`
-and what leaks in it is spent. Everything is an integer, in units of one unit times one microsecond of a minute: nothing is rounded,
-and a changed limit needs no conversion. Time only ever counts by its differences: a clock that jumps forward empties the bucket, which
-gives at most one burst, and one that jumps back loses nothing but the time since the last call.
+A bucket holds what was spent and leaks `limit` units a minute; more than `burst` never fits. So in any window no more is spent than
+`burst` and what leaks in it. Everything is an integer, units times the microseconds of a minute: nothing is rounded, and a changed
+limit needs no conversion. Of time only differences count: a clock that jumps forward empties the bucket, which gives at most one
+burst, and one that jumps back loses nothing but the time since the last call.
 """
 
 from __future__ import annotations

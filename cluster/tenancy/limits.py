@@ -1,8 +1,8 @@
 """Whether a call fits the limits of its project, its model and its key; and what it used of them, once that is known.
 
-A call is counted at once with all that it could take, its tokens at the worst case, and corrected when it ends. It is let in when it
-fits every limit that covers it, else it takes nothing of any. A call whose worst case is more than a minute's tokens is let in when
-all of them are free; what it uses beyond is owed, and paid before the next. Knows neither HTTP nor where the counts are kept.
+A call is counted at once with all that it could take, its tokens at the worst case, and corrected when it ends. It is let in when
+it fits every limit that covers it, else it takes nothing of any. A call whose worst case is more than a minute's tokens is let in
+when all of them are free; what it uses beyond is owed, and paid before the next. Knows neither HTTP nor where the counts are kept.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Protocol
 
 from cluster.errors import ModelNotFound, RateLimited
 from cluster.tenancy.counts import Counts, Kind, Want
+from cluster.tenancy.model_permissions import EVERYTHING, Permission
 from cluster.tenancy.rate_limits import ANY, RateLimit
 from cluster.tenancy.rules import KnownRules
 from cluster.types import Principal
@@ -39,14 +40,28 @@ class Granted:
 
 
 class Limits(Protocol):
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether anybody needs to know how many tokens a call takes."""
+        ...
+
+    async def permission(self, principal: Principal) -> Permission:
+        """Which models the caller's project may use."""
+        ...
+
     async def admit(self, principal: Principal, model: str, tokens: int, *, streams: bool = False) -> Granted:
-        """Let a call in that takes at most `tokens`. Raises RateLimited with `retry_after_s`, and ModelNotFound for a model that the
-        project may not use."""
+        """Let a call in that takes at most `tokens`. Raises RateLimited with `retry_after_s`, and ModelNotFound for a model that
+        the project may not use."""
         ...
 
 
 class Unlimited:
     """Nothing is configured and nothing is counted."""
+
+    counts_tokens = False
+
+    async def permission(self, principal: Principal) -> Permission:
+        return EVERYTHING
 
     async def admit(self, principal: Principal, model: str, tokens: int, *, streams: bool = False) -> Granted:
         return Granted()
@@ -55,8 +70,13 @@ class Unlimited:
 class CountedLimits:
     """Limits by the rules of each project."""
 
+    counts_tokens = True
+
     def __init__(self, rules: KnownRules, counts: Counts) -> None:
         self._rules, self._counts = rules, counts
+
+    async def permission(self, principal: Principal) -> Permission:
+        return (await self._rules.of(principal.tenant)).permission
 
     async def admit(self, principal: Principal, model: str, tokens: int, *, streams: bool = False) -> Granted:
         rules = await self._rules.of(principal.tenant)

@@ -120,7 +120,9 @@ class StoredPools:
 
     def _slots(self, connection: Connection, holder: str, ask: Ask, now: int) -> Answer:
         table = stream_leases.c
-        connection.execute(stream_leases.delete().where(table.name == ask.name, sa.or_(table.expires_at <= now, table.holder == holder)))
+        connection.execute(
+            stream_leases.delete().where(table.name == ask.name, sa.or_(table.expires_at <= now, table.holder == holder))
+        )
         others = connection.scalar(sa.select(sa.func.coalesce(sa.func.sum(table.held), 0)).where(table.name == ask.name))
         answer = draw_slots(ask, int(others or 0))
         if held := ask.holds + answer.granted:
@@ -131,7 +133,9 @@ class StoredPools:
 
 def _locked(connection: Connection, names: list[str]) -> dict[str, Bucket]:
     query = sa.select(rate_pools).where(rate_pools.c.name.in_(names)).order_by(rate_pools.c.name).with_for_update()
-    return {row.name: Bucket(row.debt, row.at) for row in connection.execute(query)}  # SQLite has one writer, and ignores FOR UPDATE
+    return {
+        row.name: Bucket(row.debt, row.at) for row in connection.execute(query)
+    }  # SQLite has one writer, and ignores FOR UPDATE
 
 
 def _insert(connection: Connection) -> Any:
@@ -144,4 +148,5 @@ def _insert(connection: Connection) -> Any:
 def _database_time(connection: Connection) -> int:
     if connection.dialect.name != "postgresql":
         return time.time_ns() // 1000
-    return round(connection.scalar(sa.text("SELECT extract(epoch FROM clock_timestamp()) * 1000000")))
+    now: Any = connection.scalar(sa.text("SELECT extract(epoch FROM clock_timestamp()) * 1000000"))
+    return round(now)

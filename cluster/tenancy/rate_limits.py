@@ -1,7 +1,7 @@
 """What a project may ask for in a minute: rows of the store, read by every gateway and written by administrators.
 
-A row bounds the sum of all calls that it covers. `ANY` stands for every model or every key, so a row may bound a project, a project's
-use of one model, one key, or one key's use of one model; a call has to fit all rows that cover it. Adapters count as their base.
+A row bounds the sum of all calls that it covers. `ANY` stands for every model or every key, so a row may bound a project, its use
+of one model, one key, or one key's use of one model; a call has to fit all rows that cover it. Adapters count as their base.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class RateLimits:
             return tuple(RateLimit(*row) for row in connection.execute(query))
 
     def put(self, limit: RateLimit) -> RateLimit | None:
-        """Set one row and return what it was; one that bounds nothing is taken away. Raises InvalidRequest for values out of range."""
+        """Set one row and return what it was; one that bounds nothing is taken away. Raises InvalidRequest."""
         _check(limit)
         same = sa.and_(*[rate_limits.c[name] == getattr(limit, name) for name in ("project", "model", "key_id")])
         with self._store.begin() as connection:

@@ -1,4 +1,4 @@
-"""What is configured for a project, as a gateway knows it: at most `STALE_S` old, and no call but a project's first waits for it."""
+"""What is configured for a project, as a gateway knows it: about a second old, and no call but a project's first waits for it."""
 
 from __future__ import annotations
 

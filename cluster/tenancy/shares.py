@@ -2,9 +2,9 @@
 
 Each draws small leases from the pools (`pools.py`) before it needs them and spends them from memory. A call waits for the database
 only when its gateway sees a bucket for the first time, or spends it faster than it draws; all such calls wait for one transaction.
-So that no window ever holds more than the limit, a quarter of each burst is kept out of the pool, and all gateways together hold no
-more than that quarter unspent. What nobody wants here goes back within `IDLE_S`. A pool that has nothing is not asked again before it
-may have: refusals cost no transaction.
+So that no window ever holds more than the limit, up to a quarter of each burst is kept out of the pool, and all gateways together
+hold no more than that part unspent. What nobody wants here goes back within a second. A pool that has nothing is not asked again
+before it may have: refusals cost no transaction.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Shares:
 
     def burst(self, kind: Kind, limit: int) -> int:
         """The pool's. What is kept out of it is for what gateways hold."""
-        return limit if kind == "streams" else limit - limit // 4
+        return limit if kind == "streams" else limit - self._gateways * self._most(limit)
 
     async def prepare(self, wants: Sequence[Want]) -> None:
         """Draw what is missing. Raises Unavailable when the database doesn't answer in time."""
@@ -126,6 +126,11 @@ class Shares:
         share = self._share(want)
         return Level(max(0, share.units + share.room), share.reset_us)
 
+    async def renew(self) -> None:
+        """Top up, give back and say that this gateway lives, as far as there is need. Raises Unavailable."""
+        if any(self._needs(share) for share in self._shares.values()):
+            await self._round()
+
     async def aclose(self) -> None:
         """Give everything back and stop. Nothing may be asked afterwards."""
         if self._ticking is not None:
@@ -143,10 +148,9 @@ class Shares:
         share.limit = want.limit
         return share
 
-    def _most(self, share: Share) -> int:
-        """Free units that this gateway may hold."""
-        reserve = share.limit // 4
-        return reserve // self._gateways
+    def _most(self, limit: int) -> int:
+        """Free units that each gateway may hold."""
+        return limit // 4 // self._gateways
 
     def _is_missing(self, want: Want) -> bool:
         share = self._share(want)
@@ -158,7 +162,7 @@ class Shares:
 
     def _is_low(self, share: Share) -> bool:
         now = self._clock()
-        return 2 * share.units < share.target(self._most(share), now) and not share.is_dry(1, now)
+        return 2 * share.units < share.target(self._most(share.limit), now) and not share.is_dry(1, now)
 
     async def _wait(self, short: list[Want]) -> None:
         shares = [(self._share(want), want.units) for want in short]
@@ -187,7 +191,7 @@ class Shares:
 
     def _needs(self, share: Share) -> bool:
         now = self._clock()
-        surplus = share.units - share.target(self._most(share), now)
+        surplus = share.units - share.target(self._most(share.limit), now)
         is_renewed = share.kind != "streams" or now - share.renewed_at < SLOT_S / 4 or not (share.units + share.running)
         return bool(share.waiting) or share.units < 0 or surplus > 0 or self._is_low(share) or not is_renewed
 
@@ -212,7 +216,7 @@ class Shares:
 
     def _ask(self, share: Share) -> Ask:
         now = self._clock()
-        target = share.target(self._most(share), now)
+        target = share.target(self._most(share.limit), now)
         waiting = sum(share.waiting)
         back = min(share.units, max(0, share.units - target - waiting)) if share.units >= 0 else share.units
         kept = share.units - back
@@ -232,11 +236,10 @@ class Shares:
             share.dry_until = 0.0
 
     async def _tick(self) -> None:
-        """Top up, give back, renew and forget, beside the calls."""
+        """Renew and forget, beside the calls."""
         while True:
             await asyncio.sleep(TICK_S)
-            if any(self._needs(share) for share in self._shares.values()):
-                await asyncio.gather(self._round(), return_exceptions=True)
+            await asyncio.gather(self.renew(), return_exceptions=True)
             now = self._clock()
             gone = [s for s in self._shares.values() if not (s.units or s.running or s.waiting) and now - s.used_at > 10 * IDLE_S]
             for share in gone:

@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,11 +16,12 @@ from starlette.responses import Response
 from cluster import metrics
 from cluster.errors import DeadlineExceeded, InvalidRequest
 from cluster.settings import GatewaySettings
-from deployments.gateway import answering, encoding, errors, exchange, limits, middleware
-from deployments.gateway.entrance import KEEPALIVE_S, Entrance
+from deployments.gateway import answering, encoding, errors, exchange, limiting, limits, middleware, project_limits
+from deployments.gateway.entrance import KEEPALIVE_S, Accounts, Entrance
 from deployments.gateway.keys import Verify
 from deployments.gateway.openai import models
 from deployments.gateway.openai.answers import ChatCompletion, Completion, ErrorResponse, Model, ModelList
+from deployments.gateway.openai.documents import takes
 from deployments.gateway.openai.encoding import (
     Classification,
     ClassifyRequest,
@@ -37,22 +36,6 @@ from deployments.gateway.scopes import PUBLIC, ScopedRoute, public_paths, requir
 from deployments.router import Models, Word
 
 router = APIRouter(route_class=ScopedRoute, responses={"default": {"model": ErrorResponse}})
-
-
-def _takes(kind: type[BaseModel]) -> dict[str, Any]:
-    """A request body in the OpenAPI document. The body itself is read by `limits`, which FastAPI's reader can't replace."""
-    schema = kind.model_json_schema(ref_template="{model}")
-    parts = schema.pop("$defs", {})
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema, parts)}}}}
-
-
-def _inlined(schema: Any, parts: dict[str, Any]) -> Any:
-    """The schema with its named parts in their places; ours never contain themselves."""
-    if isinstance(schema, dict):
-        if "$ref" in schema:
-            return _inlined(parts[schema["$ref"]], parts)
-        return {key: _inlined(value, parts) for key, value in schema.items()}
-    return [_inlined(item, parts) for item in schema] if isinstance(schema, list) else schema
 
 
 @router.get("/health", tags=["operation"])
@@ -83,16 +66,15 @@ async def prometheus(request: Request) -> Response:
 @requires("inference")
 async def list_models(request: Request) -> Response:
     """The served models and their adapters."""
-    served = entrance(request).models
-    return json_response(models.listing(await served.list(), await served.adapters()))
+    return json_response(models.listing(*await limiting.permitted(entrance(request), exchange.of(request.scope))))
 
 
 @router.get("/v1/models/{model:path}", tags=["models"], response_model=Model)
 @requires("inference")
 async def retrieve_model(request: Request, model: str) -> Response:
     """One served model or adapter."""
-    served = entrance(request).models
-    return json_response(models.card(models.find(await served.list(), await served.adapters(), model)))
+    permitted = await limiting.permitted(entrance(request), exchange.of(request.scope))
+    return json_response(models.card(models.find(*permitted, model)))
 
 
 @router.post("/v1/models/{model}/sleep", tags=["operation"], status_code=204)
@@ -109,35 +91,35 @@ async def wake_up(request: Request, model: str) -> Response:
     return await tell(request, model, "wake")
 
 
-@router.post("/v1/chat/completions", tags=["chat"], response_model=ChatCompletion, openapi_extra=_takes(ChatRequest))
+@router.post("/v1/chat/completions", tags=["chat"], response_model=ChatCompletion, openapi_extra=takes(ChatRequest))
 @requires("inference")
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, at once or as a stream of server-sent events."""
     return await generate(request, "chat.completions")
 
 
-@router.post("/v1/completions", tags=["completions"], response_model=Completion, openapi_extra=_takes(CompletionRequest))
+@router.post("/v1/completions", tags=["completions"], response_model=Completion, openapi_extra=takes(CompletionRequest))
 @requires("inference")
 async def create_completion(request: Request) -> Response:
     """Continue one or several prompts, at once or as a stream of server-sent events."""
     return await generate(request, "completions")
 
 
-@router.post("/v1/embeddings", tags=["encoders"], response_model=EmbeddingList, openapi_extra=_takes(EmbeddingRequest))
+@router.post("/v1/embeddings", tags=["encoders"], response_model=EmbeddingList, openapi_extra=takes(EmbeddingRequest))
 @requires("inference")
 async def create_embeddings(request: Request) -> Response:
     """One vector for each text or list of token ids."""
     return await encode(request, "embeddings")
 
 
-@router.post("/v1/rerank", tags=["encoders"], response_model=Ranking, openapi_extra=_takes(RerankRequest))
+@router.post("/v1/rerank", tags=["encoders"], response_model=Ranking, openapi_extra=takes(RerankRequest))
 @requires("inference")
 async def rerank(request: Request) -> Response:
     """Documents by how well they answer a query, the best first."""
     return await encode(request, "rerank")
 
 
-@router.post("/v1/classify", tags=["encoders"], response_model=Classification, openapi_extra=_takes(ClassifyRequest))
+@router.post("/v1/classify", tags=["encoders"], response_model=Classification, openapi_extra=takes(ClassifyRequest))
 @requires("inference")
 async def classify(request: Request) -> Response:
     """The likeliest label of each text, and the probability of every label."""
@@ -147,7 +129,7 @@ async def classify(request: Request) -> Response:
 async def encode(request: Request, operation: str) -> Response:
     parts, notes = entrance(request), exchange.of(request.scope)
     body = await limits.read_json(notes.body, parts.settings.max_json_depth)
-    answer = await encoding.rendered(parts.models, operation, body, notes, parts.settings.max_stream_s)
+    answer = await encoding.rendered(parts, operation, body, notes)
     return Response(answer, media_type="application/json")
 
 
@@ -155,10 +137,9 @@ async def generate(request: Request, operation: str) -> Response:
     parts, notes = entrance(request), exchange.of(request.scope)
     body = await limits.read_json(notes.body, parts.settings.max_json_depth)
     call = answering.parse(operation, body, notes)
-    seconds = parts.settings.max_stream_s
     if call.streams:
-        return await event_stream(answering.parts(parts.models, call, notes, seconds, parts.keepalive_s))
-    return json_response(await answering.whole(parts.models, call, notes, seconds))
+        return await event_stream(answering.parts(parts, call, notes, parts.keepalive_s))
+    return json_response(await answering.whole(parts, call, notes))
 
 
 async def tell(request: Request, model: str, word: Word) -> Response:
@@ -176,10 +157,18 @@ def entrance(request: Request) -> Entrance:
     return shared
 
 
-def build_app(models: Models, verify_key: Verify, settings: GatewaySettings, *, keepalive_s: float = KEEPALIVE_S) -> FastAPI:
+def build_app(
+    models: Models,
+    verify_key: Verify,
+    settings: GatewaySettings,
+    *,
+    keepalive_s: float = KEEPALIVE_S,
+    accounts: Accounts | None = None,
+) -> FastAPI:
     """Raises TypeError when a route exists that nobody declared a scope for."""
-    shared = Entrance.of(models, verify_key, settings, keepalive_s)
-    public = public_paths(router.routes)
+    shared = Entrance.of(models, verify_key, settings, keepalive_s, accounts)
+    routes = [*router.routes, *project_limits.router.routes]
+    public = public_paths(routes)
     app = FastAPI(
         title="MMaaS",
         version="1",
@@ -189,7 +178,7 @@ def build_app(models: Models, verify_key: Verify, settings: GatewaySettings, *, 
         exception_handlers={HTTPException: _refused, RequestValidationError: _invalid},
         middleware=middleware.pipeline(gate=shared.gate, keys=shared.keys, public=public, max_body_bytes=settings.max_body_bytes),
     )
-    app.router.routes.extend(router.routes)  # not include_router, which hides them from the check below
+    app.router.routes.extend(routes)  # not include_router, which hides them from the check below
     public_paths(app.routes)
     app.state.entrance = shared
     return app

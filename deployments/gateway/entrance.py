@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.settings import GatewaySettings
+from cluster.tenancy.limits import Limits, Unlimited
+from deployments.gateway.administration import Administration
+from deployments.gateway.cache import Cache
 from deployments.gateway.guards import Gate
 from deployments.gateway.keys import Keys, Verify
 from deployments.router import Models
@@ -14,13 +17,35 @@ KEEPALIVE_S = 15.0
 
 
 @dataclass(frozen=True)
+class Accounts:
+    """What tenants may do, and who says so. Without any of it, everything is allowed and nothing is administered."""
+
+    limits: Limits = field(default_factory=Unlimited)
+    administration: Administration | None = None
+
+
+@dataclass(frozen=True)
 class Entrance:
     models: Models
     keys: Keys
     gate: Gate
     settings: GatewaySettings
     keepalive_s: float = KEEPALIVE_S
+    accounts: Accounts = field(default_factory=Accounts)
+    cache: Cache | None = None
 
     @classmethod
-    def of(cls, models: Models, verify: Verify, settings: GatewaySettings, keepalive_s: float = KEEPALIVE_S) -> Entrance:
-        return cls(models, Keys(verify), Gate(settings.max_ongoing), settings, keepalive_s)
+    def of(
+        cls,
+        models: Models,
+        verify: Verify,
+        settings: GatewaySettings,
+        keepalive_s: float = KEEPALIVE_S,
+        accounts: Accounts | None = None,
+    ) -> Entrance:
+        gate, cache = Gate(settings.max_ongoing), Cache.of(models, settings)
+        return cls(models, Keys(verify), gate, settings, keepalive_s, accounts or Accounts(), cache)
+
+    @property
+    def limits(self) -> Limits:
+        return self.accounts.limits

@@ -11,10 +11,13 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from cluster.settings import Settings
+from cluster.settings import GatewaySettings, Settings
+from cluster.store import Store
 from deployments.gateway import calls
+from deployments.gateway.administration import Administration, has_keys
 from deployments.gateway.answering import Part
 from deployments.gateway.app import build_app
+from deployments.gateway.entrance import Accounts
 from deployments.gateway.keys import Verify
 from deployments.router import Models, ServeModels
 
@@ -24,11 +27,11 @@ DEPLOYMENT = "Gateway"
 HEADROOM = 64
 """Requests that Serve lets in beyond our own limit, so that a full gateway still answers probes and refusals itself."""
 
-Parts = Callable[[Settings], tuple[Models, Verify]]
+Parts = Callable[[Settings], tuple[Models, Verify, Accounts]]
 
 
-def from_store(settings: Settings) -> tuple[Models, Verify]:
-    """Served models and keys as the platform's store has them."""
+def from_store(settings: Settings) -> tuple[Models, Verify, Accounts]:
+    """Served models, keys and what tenants may do, as the platform's store has them."""
     from cluster.adapters import Catalog
     from cluster.desired import Desired
     from cluster.private_files import Secrets
@@ -36,7 +39,26 @@ def from_store(settings: Settings) -> tuple[Models, Verify]:
     from cluster.tenancy.keys import Keys
 
     store = Store(settings.store_url)
-    return ServeModels(Desired(store).list, Catalog(store).list), Keys(store, Secrets(settings.home).pepper).verify
+    models, keys = ServeModels(Desired(store).list, Catalog(store).list), Keys(store, Secrets(settings.home).pepper)
+    return models, keys.verify, accounts(store, settings.gateway)
+
+
+def accounts(store: Store, settings: GatewaySettings) -> Accounts:
+    """Limits are counted in this process where the store is SQLite, which has one gateway, and through the store where there may be
+    more."""
+    from cluster.tenancy.counts import Meters
+    from cluster.tenancy.limits import CountedLimits
+    from cluster.tenancy.model_permissions import ModelPermissions
+    from cluster.tenancy.pools import StoredPools
+    from cluster.tenancy.rate_limits import RateLimit, RateLimits
+    from cluster.tenancy.rules import KnownRules, stored
+    from cluster.tenancy.shares import Shares
+
+    rates, permissions = RateLimits(store), ModelPermissions(store)
+    default = RateLimit("", requests=settings.requests_per_minute, tokens=settings.tokens_per_minute, streams=settings.streams)
+    rules = KnownRules(stored(rates, permissions, default))
+    counts = Meters() if store.is_sqlite else Shares(StoredPools(store), settings.replicas)
+    return Accounts(CountedLimits(rules, counts), Administration(rates, permissions, has_keys(store)))
 
 
 class Gateway:
@@ -48,8 +70,8 @@ class Gateway:
         ingress.bind_inside()
         log.configure(settings.log_level)
         self._settings = settings
-        self._models, self._verify = parts(settings)
-        self._app = build_app(self._models, self._verify, settings.gateway)
+        models, verify, accounts = parts(settings)
+        self._app = build_app(models, verify, settings.gateway, accounts=accounts)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor: what it serves over HTTP."""

@@ -53,11 +53,12 @@ class LLM:
         return {"max_model_len": 64}
 
 
-def parts(settings: Settings) -> tuple[Any, Any]:
-    """In the place of the store: one model, and the keys of the fakes."""
+def parts(settings: Settings) -> tuple[Any, Any, Any]:
+    """In the place of the store: one model, the keys of the fakes, and no limits."""
+    from deployments.gateway.entrance import Accounts
     from deployments.router import ServeModels
 
-    return ServeModels(lambda: [ECHO]), KeyRing().verify
+    return ServeModels(lambda: [ECHO]), KeyRing().verify, Accounts()
 
 
 def deploy_model() -> None:
