@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from cluster import metrics
-from cluster.errors import ModelNotFound, PlatformError, RateLimited
+from cluster.errors import ModelNotFound, RateLimited
 from cluster.tenancy.limits import Granted
 from cluster.tenancy.model_permissions import EVERYTHING
 from cluster.types import Adapter, Deployment, Encode, Generate
@@ -37,8 +37,8 @@ async def admitted(
         try:
             yield entrance.models if entrance.cache is None else entrance.cache.view(lambda outcome: _note(notes, outcome))
             used = 0
-        except PlatformError:
-            used = 0 if not notes.spoken else used
+        except Exception:  # a failure before the first word costs nothing; who hangs up has had the prompt read
+            used = used if notes.spoken else 0
             raise
         finally:
             granted.settle(_used(notes, used))

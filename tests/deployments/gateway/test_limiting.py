@@ -305,5 +305,5 @@ def test_the_worst_case_is_never_passed(turns: list[str], n: int, most: int | No
 
 def test_a_prompt_of_the_tests_model_is_within_its_bound() -> None:
     request = Generate("r", "t", (Message("user", "one two three"),), sampling=Sampling(max_tokens=10))
-    spent = [chunk.usage for chunk in echo_chunks(request) if chunk.usage][0]
+    spent = next(chunk.usage for chunk in echo_chunks(request) if chunk.usage)
     assert spent.total_tokens <= limiting.worst_case(request, 8192)
