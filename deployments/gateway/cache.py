@@ -66,8 +66,9 @@ class Cache:
             say("bypass")
             return await self._models.encode(name, request)
         answer = self._answer(name, version, request, lambda: _alone(self._models, name, request), say)
-        async with aclosing(answer) as answers:
-            return await anext(answers)
+        async with aclosing(answer) as answers:  # to its end, so that nobody seems to leave early
+            found = [encoded async for encoded in answers]
+        return found[0]
 
     async def _answer(
         self,

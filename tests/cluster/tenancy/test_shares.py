@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import subprocess
+import sys
+import time
 from collections import Counter
 
 import pytest
@@ -227,6 +230,58 @@ def test_three_gateways_over_a_real_store(store: Store) -> None:
             await shares.aclose()
 
     asyncio.run(walk())
+
+
+SPENDER = """
+import asyncio, sys, time
+from cluster.store import Store
+from cluster.tenancy.counts import Want
+from cluster.tenancy.pools import StoredPools
+from cluster.tenancy.shares import Shares
+
+async def main():
+    shares, got, waits = Shares(StoredPools(Store(sys.argv[1])), 3), 0, []
+    want = Want("requests", "requests:processes/*/*", int(sys.argv[2]))
+    print("ready", flush=True)
+    sys.stdin.readline()
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        await shares.prepare([want])
+        if not shares.wait_us(want):
+            shares.spend(want)
+            got += 1
+        await asyncio.sleep(0.002)
+    await shares.aclose()
+    print(got, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def test_gateways_in_processes_of_their_own_share_one_database(store: Store) -> None:
+    if store.is_sqlite:
+        pytest.skip("several gateways need Postgres")
+    limit, url = 300, store.url.render_as_string(hide_password=False)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", SPENDER, url, str(limit)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout
+            assert process.stdout.readline() == "ready\n"
+        start = time.monotonic()
+        for process in processes:
+            assert process.stdin
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        got = [int(process.communicate(timeout=60)[0]) for process in processes]
+        elapsed = time.monotonic() - start
+    finally:
+        for process in processes:
+            process.kill()
+    assert limit // 2 <= sum(got) <= limit + limit * elapsed / 60
+    assert min(got) >= limit // 20, "each gets a part"
 
 
 def test_slots_of_a_gateway_that_died_come_free(store: Store) -> None:
