@@ -100,10 +100,10 @@ class Cache:
         tenant = request.tenant
 
         async def end(items: list[Item] | None) -> None:
-            if self._flights.get((tenant, key)) is flight:
-                del self._flights[tenant, key]
             if items and is_whole(request, items) and await self._version(name) == version:
                 self._kept.put(tenant, key, pickle.dumps(merged(items), pickle.HIGHEST_PROTOCOL))
+            if self._flights.get((tenant, key)) is flight:  # only now: who comes meanwhile finds one or the other
+                del self._flights[tenant, key]
 
         flight: Flight[Item] = Flight(source, end)
         self._flights[tenant, key] = flight
