@@ -100,10 +100,12 @@ class Cache:
         tenant = request.tenant
 
         async def end(items: list[Item] | None) -> None:
-            if items and is_whole(request, items) and await self._version(name) == version:
-                self._kept.put(tenant, key, pickle.dumps(merged(items), pickle.HIGHEST_PROTOCOL))
-            if self._flights.get((tenant, key)) is flight:  # only now: who comes meanwhile finds one or the other
-                del self._flights[tenant, key]
+            try:
+                if items and is_whole(request, items) and await self._version(name) == version:
+                    self._kept.put(tenant, key, pickle.dumps(merged(items), pickle.HIGHEST_PROTOCOL))
+            finally:  # not before: who comes meanwhile finds one or the other
+                if self._flights.get((tenant, key)) is flight:
+                    del self._flights[tenant, key]
 
         flight: Flight[Item] = Flight(source, end)
         self._flights[tenant, key] = flight
