@@ -81,7 +81,7 @@ def test_streams_and_embeddings_are_counted_with_the_rest(limited: Server, store
     put(store, RateLimit("acme", requests=2))
     with limited.client() as client:
         assert list(client.chat.completions.create(**HELLO, stream=True))
-        assert client.embeddings.create(model="echo", input="hi").data
+        assert client.embeddings.create(model="echo", input="hi", encoding_format="float").data
         with pytest.raises(openai.RateLimitError):
             client.chat.completions.create(**HELLO, stream=True)
         with pytest.raises(openai.RateLimitError):
