@@ -83,6 +83,25 @@ def test_three_gateways_together_let_no_window_have_more(limit: int, calls: list
     asyncio.run(walk())
 
 
+def test_what_gateways_hold_is_part_of_the_burst() -> None:
+    async def walk() -> None:
+        cluster, want, limit = Cluster(), Want("requests", "requests:a/*/*", 2400), 2400
+        for number in range(300):  # ten a second each: the pool stays full while each holds something
+            cluster.pass_us(100_000)
+            for gateway in range(3):
+                assert await cluster.call(gateway, want)
+            if number % 3 == 0:
+                await cluster.renew()
+        held = sum(shares._share(want).units for shares in cluster.gateways)
+        assert held > 10
+        cluster.pass_us(500_000)
+        taken = [await cluster.call(gateway, want) for gateway in range(3) for _ in range(limit)]
+        await cluster.close()
+        assert sum(taken) <= limit
+
+    asyncio.run(walk())
+
+
 @pytest.mark.parametrize("limit", [6, 60, 600])
 def test_gateways_that_all_want_more_use_the_limit_up_and_none_starves(limit: int) -> None:
     async def walk() -> None:
