@@ -149,4 +149,4 @@ def _database_time(connection: Connection) -> int:
     if connection.dialect.name != "postgresql":
         return time.time_ns() // 1000
     now: Any = connection.scalar(sa.text("SELECT extract(epoch FROM clock_timestamp()) * 1000000"))
-    return round(now)
+    return int(now)

@@ -129,7 +129,8 @@ def changed(limit: RateLimit, body: dict[str, Any]) -> RateLimit:
             raise InvalidRequest(f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
     asked = parse(RateLimitUpdate, body)
     given: dict[str, Any] = {ours: getattr(asked, theirs) for theirs, ours in FIELDS.items()}
-    return replace(limit, **{name: value if value < MOST else None for name, value in given.items() if value is not None})
+    said: dict[str, Any] = {name: value if value < MOST else None for name, value in given.items() if value is not None}
+    return replace(limit, **said)
 
 
 def permissions(permission: Permission | None) -> ProjectModelPermissions:
