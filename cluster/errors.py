@@ -7,6 +7,7 @@ sentence that says when it is raised.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 
@@ -110,6 +111,15 @@ class PayloadTooLarge(InvalidRequest):
 
     status = 413
     code = "payload_too_large"
+
+
+class RateLimited(PlatformError):
+    """Raised when a project, a model or a key has used up what it may in a minute; `retry_after_s` says when to come back."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    type = "rate_limit_error"
+    headers: Mapping[str, str] = {}  # what is left, in the process that counted; they don't travel
 
 
 class Overloaded(PlatformError):

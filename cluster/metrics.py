@@ -19,6 +19,8 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 GATEWAY_REQUESTS = Counter("mmaas_gateway_requests_total", "Answered requests", ("route", "method", "status"))
 GATEWAY_LATENCY = Histogram("mmaas_gateway_request_seconds", "Time to the end of the answer", ("route",), buckets=_SECONDS)
 GATEWAY_INSIDE = Gauge("mmaas_gateway_requests_inside", "Requests that are being answered, over HTTP and handles")
+CACHE = Counter("mmaas_gateway_cache_total", "Parts of calls by how the response cache answered", ("outcome",))
+RATE_LIMITED = Counter("mmaas_gateway_rate_limited_total", "Calls refused by a limit of their project, model or key")
 TOKENS_IN = Counter("mmaas_gateway_tokens_in_total", "Prompt tokens of finished calls", ("model",))
 TOKENS_OUT = Counter("mmaas_gateway_tokens_out_total", "Output tokens of finished calls", ("model",))
 FIRST_TOKEN = Histogram("mmaas_gateway_first_token_seconds", "Arrival to first token", ("model",), buckets=_SECONDS)

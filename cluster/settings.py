@@ -69,6 +69,19 @@ class GatewaySettings(_Section):
     """Longest life of one answer. Draining and HAProxy's hard stop wait at least this long."""
     max_ongoing: int = Field(default=512, ge=1, le=100_000)
     """Requests that one gateway replica works on at once; more get 503 with Retry-After."""
+    requests_per_minute: int | None = Field(default=None, ge=0, lt=1_000_000_000)
+    """What a project without a limit of its own may ask for in a minute, over all models and keys; None: no limit."""
+    tokens_per_minute: int | None = Field(default=None, ge=0, lt=1_000_000_000)
+    """Tokens, in and out, of such a project in a minute; None: no limit."""
+    streams: int | None = Field(default=None, ge=0, lt=1_000_000_000)
+    """Streams of such a project at once; None: no limit."""
+    cache_bytes: int = Field(default=0, ge=0)
+    """Memory of one gateway replica for answers that it keeps, to give them again for exactly the same call of the same tenant to
+    the same version of the model; 0: none are kept."""
+    cache_tenant_bytes: int = Field(default=16 << 20, ge=0)
+    """Of that, the most that one tenant's answers may take."""
+    cache_s: float = Field(default=3600.0, gt=0)
+    """How long an answer is kept."""
 
 
 class EngineSettings(_Section):

@@ -62,15 +62,15 @@ class Store:
         """`url` is a SQLAlchemy URL, `sqlite:///FILE` or `postgresql+psycopg://…`. Opens nothing yet."""
         try:
             self.url = sa.make_url(url)
-            self.engine = sa.create_engine(self.url, pool_pre_ping=not self._is_sqlite)
+            self.engine = sa.create_engine(self.url, pool_pre_ping=not self.is_sqlite)
         except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ModuleNotFoundError) as error:
             raise StorageError(f"database_url can't be used: {error}; write sqlite:///FILE or postgresql+psycopg://…") from None
-        if self._is_sqlite:
+        if self.is_sqlite:
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
 
     @property
-    def _is_sqlite(self) -> bool:
+    def is_sqlite(self) -> bool:
         return self.url.get_backend_name() == "sqlite"
 
     @contextmanager
@@ -103,7 +103,7 @@ class Store:
         try:
             self._create_file()
             with self.begin() as connection:
-                if not self._is_sqlite:  # SQLite's BEGIN IMMEDIATE already lets one writer in at a time
+                if not self.is_sqlite:  # SQLite's BEGIN IMMEDIATE already lets one writer in at a time
                     connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
                 config.attributes["connection"] = connection
                 getattr(command, verb)(config, revision)
@@ -114,7 +114,7 @@ class Store:
 
     def _create_file(self) -> None:
         """Make SQLite's file ourselves, so that its mode never depends on the umask; the journal takes the same mode."""
-        if self._is_sqlite and self.url.database not in (None, "", ":memory:"):
+        if self.is_sqlite and self.url.database not in (None, "", ":memory:"):
             os.close(os.open(str(self.url.database), os.O_RDWR | os.O_CREAT, 0o600))
 
     def close(self) -> None:

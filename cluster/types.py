@@ -216,6 +216,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    from_cache: bool = False  # the gateway had the whole answer: no model worked for it
 
     @property
     def total_tokens(self) -> int:

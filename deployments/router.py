@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from cluster.errors import ModelNotFound, Overloaded, PlatformError, ReplicaLost, Unavailable
@@ -33,7 +33,32 @@ ASSIGN_S = 10.0
 Word = Literal["sleep", "wake"]
 
 
-class Models(Protocol):
+FACTS_S = 5.0
+"""Facts of a model that are older are not used: a call waits for newer ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a model says of itself."""
+
+    version: str  # another one: another answer to the same call is possible
+    room: int | None  # tokens of its context window
+
+
+class Answers(Protocol):
+    """The two things that models are asked for."""
+
+    def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
+        """`name` is a model's, or BASE:ADAPTER. Raises PlatformError, ModelNotFound among them, at the first item or later.
+        Closing it cancels the model's work."""
+        ...
+
+    async def encode(self, name: str, request: Encode) -> Encoded:
+        """Raises PlatformError, ModelNotFound and ModelNotSupported among them. Cancelling it cancels the model's work."""
+        ...
+
+
+class Models(Answers, Protocol):
     """The served models, as the gateway sees them."""
 
     async def list(self) -> Sequence[Deployment]:
@@ -60,13 +85,8 @@ class Models(Protocol):
         """The engine's counters of every model that answers, added up over its replicas."""
         ...
 
-    def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
-        """`name` is a model's, or BASE:ADAPTER. Raises PlatformError, ModelNotFound among them, at the first item or later.
-        Closing it cancels the model's work."""
-        ...
-
-    async def encode(self, name: str, request: Encode) -> Encoded:
-        """Raises PlatformError, ModelNotFound and ModelNotSupported among them. Cancelling it cancels the model's work."""
+    async def facts(self, name: str) -> Facts | None:
+        """About a model or BASE:ADAPTER, of a moment ago. None when it can't be asked now. Raises ModelNotFound."""
         ...
 
 
@@ -87,6 +107,8 @@ class ServeModels:
         self._probed: tuple[float, dict[str, bool]] | None = None
         self._asleep: set[str] = set()
         self._ending: set[asyncio.Task[None]] = set()
+        self._facts: dict[str, tuple[float, Facts | None]] = {}
+        self._learning: dict[str, asyncio.Task[Facts | None]] = {}
         self._listing, self._probing, self._opening = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
 
     async def list(self) -> Sequence[Deployment]:
@@ -129,6 +151,16 @@ class ServeModels:
         names = [deployment.name for deployment in await self.list()]
         found = await asyncio.gather(*(self._stats(name) for name in names))
         return {name: stats for name, stats in zip(names, found, strict=True) if stats}
+
+    async def facts(self, name: str) -> Facts | None:
+        base, adapter = await self._known(name)
+        asked, facts = self._facts.get(base, (-FACTS_S, None))
+        age = self._clock() - asked
+        if age >= STALE_S and base not in self._learning:
+            self._learning[base] = asyncio.ensure_future(self._learn(base))
+        if age >= FACTS_S or (facts is None and base in self._learning):
+            facts = await asyncio.shield(self._learning[base])
+        return replace(facts, version=f"{facts.version}:{adapter.address}") if facts and adapter else facts
 
     async def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
         name, adapter = await self._known(name)
@@ -221,6 +253,18 @@ class ServeModels:
         for counters in replicas:
             total.update({field: value for field, value in counters.items() if isinstance(value, (int, float))})
         return dict(total)
+
+    async def _learn(self, name: str) -> Facts | None:
+        asked, facts = self._clock(), None
+        try:
+            async with asyncio.timeout(PROBE_S):
+                info = await (await self._handle(name)).info.remote()
+            facts = Facts(str(info["digest"]), info.get("max_model_len")) if "digest" in info else None
+        except Exception as error:
+            log.info("no facts", extra={"model": name, "reason": platform_error(error, name).message})
+        self._facts[name] = asked, facts
+        del self._learning[name]
+        return facts
 
     async def _answers(self, name: str) -> bool:
         try:

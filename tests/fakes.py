@@ -16,6 +16,8 @@ from rich.console import Console
 from cluster import metrics
 from cluster.errors import ModelNotFound, Unauthenticated
 from cluster.settings import Settings
+from cluster.tenancy.gcra import EMPTY, Bucket
+from cluster.tenancy.pools import Answer, Ask, draw_rate, draw_slots
 from cluster.types import (
     Adapter,
     Chunk,
@@ -33,6 +35,7 @@ from cluster.types import (
 from deployments.adapters import Adapters, Found
 from deployments.engine.engine import Output, Request
 from deployments.engine.tokenizer import Tokenizer
+from deployments.router import Facts
 from deployments.slots import Slots
 from deployments.tools.formats import find_format
 from mmaas.up import Platform
@@ -93,6 +96,13 @@ class EchoModels:
         self.requests: list[Generate] = []
         self.encoded: list[Encode] = []
         self.open = 0  # streams that run now
+        self.version: str | None = "1"
+        self.room: int | None = None
+
+    async def facts(self, name: str) -> Facts | None:
+        if name not in {deployment.name for deployment in self.deployments} | {adapter.model for adapter in self.adapted}:
+            raise ModelNotFound(f"The model {name!r} does not exist.", param="model")
+        return Facts(self.version, self.room) if self.version else None
 
     async def list(self) -> Sequence[Deployment]:
         return self.deployments
@@ -278,6 +288,32 @@ class KeyRing:
         if text not in self.principals:
             raise Unauthenticated("Incorrect API key provided.")
         return self.principals[text]
+
+
+class MemoryPools:
+    """Pools without a store. Time is what the test says; counts transactions."""
+
+    def __init__(self, clock_us: Callable[[], int]) -> None:
+        self._clock = clock_us
+        self.buckets: dict[str, Bucket] = {}
+        self.slots: dict[str, dict[str, int]] = {}
+        self.draws = 0
+        self.error: Exception | None = None
+
+    def draw(self, holder: str, asks: Sequence[Ask]) -> list[Answer]:
+        if self.error is not None:
+            raise self.error
+        self.draws += 1
+        return [self._draw(holder, ask) for ask in asks]
+
+    def _draw(self, holder: str, ask: Ask) -> Answer:
+        if ask.kind == "streams":
+            held = self.slots.setdefault(ask.name, {})
+            answer = draw_slots(ask, sum(slots for other, slots in held.items() if other != holder))
+            held[holder] = ask.holds + answer.granted
+            return answer
+        self.buckets[ask.name], answer = draw_rate(ask, self.buckets.get(ask.name, EMPTY), self._clock())
+        return answer
 
 
 @dataclass

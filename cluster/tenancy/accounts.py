@@ -10,7 +10,9 @@ from cluster.tenancy import access
 from cluster.tenancy.groups import Groups
 from cluster.tenancy.invites import Invites
 from cluster.tenancy.keys import Keys
+from cluster.tenancy.model_permissions import ModelPermissions
 from cluster.tenancy.projects import Projects
+from cluster.tenancy.rate_limits import RateLimits
 from cluster.tenancy.roles import Kind, Roles
 from cluster.tenancy.service_accounts import ServiceAccounts
 from cluster.tenancy.users import Users
@@ -27,6 +29,8 @@ class Accounts:
         self.roles = Roles(store, clock)
         self.invites = Invites(store, clock)
         self.keys = Keys(store, pepper, clock)
+        self.rate_limits = RateLimits(store)
+        self.model_permissions = ModelPermissions(store)
 
     def permissions(self, organization: str, kind: Kind, holder: str) -> frozenset[str]:
         """What a user may do in the organization, or what a group gives to its users. Raises NotFound for the group."""

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple, Protocol
 
 from cluster.errors import ModelError
 from cluster.types import Chunk, Generate, Usage
+from deployments.gateway import limiting
+from deployments.gateway.entrance import Entrance
 from deployments.gateway.exchange import Exchange
 from deployments.gateway.openai.chat import ChatCall
 from deployments.gateway.openai.completions import CompletionCall
 from deployments.gateway.openai.progress import Collected
 from deployments.gateway.relay import Relay
-from deployments.gateway.scopes import permit_model
-from deployments.router import Models
+from deployments.router import Answers
 
 Part = Mapping[str, object]
 """One JSON object of a streamed answer."""
@@ -54,24 +55,8 @@ def parse(operation: str, body: dict[str, Any], notes: Exchange) -> Call:
         tenant=notes.tenant,
         created=int(time.time()),
     )
-    permit_model(notes.principal, call.model)
     notes.model = call.model
     return call
-
-
-async def whole(models: Models, call: Call, notes: Exchange, seconds: float) -> Part:
-    """The answer in one piece. Cancelling this cancels the models' work."""
-    relay = ask(models, call, seconds)
-    try:
-        collected = Collected(call.choices)
-        async for batch in relay.batches(seconds):
-            notes.heard()
-            for chunk in batch:
-                collected.add(chunk)
-        notes.usage = collected.usage()
-        return call.whole(collected)
-    finally:
-        await relay.aclose()
 
 
 class Said(NamedTuple):
@@ -81,14 +66,44 @@ class Said(NamedTuple):
     last: bool = False
 
 
-async def parts(models: Models, call: Call, notes: Exchange, seconds: float, silence_s: float) -> AsyncGenerator[Said, None]:
+async def whole(entrance: Entrance, call: Call, notes: Exchange) -> Part:
+    """The answer in one piece. Cancelling this cancels the models' work."""
+    async with limiting.admitted(entrance, notes, call.model, call.calls) as models:
+        return await _whole(models, call, notes, entrance.settings.max_stream_s)
+
+
+async def parts(entrance: Entrance, call: Call, notes: Exchange, silence_s: float) -> AsyncGenerator[Said, None]:
     """The answer as it comes; something empty after `silence_s` without news. Closing this cancels the models' work."""
+    seconds = entrance.settings.max_stream_s
+    async with (
+        limiting.admitted(entrance, notes, call.model, call.calls, streams=True) as models,
+        aclosing(_parts(models, call, notes, seconds, silence_s)) as answer,
+    ):
+        async for said in answer:
+            yield said
+
+
+async def _whole(models: Answers, call: Call, notes: Exchange, seconds: float) -> Part:
+    relay = ask(models, call, seconds)
+    try:
+        collected = Collected(call.choices)
+        async for batch in relay.batches(seconds):
+            notes.heard(batch)
+            for chunk in batch:
+                collected.add(chunk)
+        notes.usage = collected.usage()
+        return call.whole(collected)
+    finally:
+        await relay.aclose()
+
+
+async def _parts(models: Answers, call: Call, notes: Exchange, seconds: float, silence_s: float) -> AsyncGenerator[Said, None]:
     relay, said = ask(models, call, seconds), list[Part]()
     try:
         async with aclosing(relay.batches(silence_s)) as batches:
             async for batch in batches:
                 if batch:
-                    notes.heard()
+                    notes.heard(batch)
                 said = [part for chunk in batch for part in call.parts(chunk)]
                 if relay.has_ended:
                     break  # the last words go with the end
@@ -105,7 +120,7 @@ async def parts(models: Models, call: Call, notes: Exchange, seconds: float, sil
         await relay.aclose()
 
 
-def ask(models: Models, call: Call, seconds: float) -> Relay[Chunk]:
+def ask(models: Answers, call: Call, seconds: float) -> Relay[Chunk]:
     """Start every call of the request; index 0 of call `k` becomes index `k * n`."""
     each = call.choices // len(call.calls)
     return Relay([_shifted(models.generate(call.model, asked), k * each) for k, asked in enumerate(call.calls)], seconds)

@@ -17,8 +17,7 @@ from starlette.responses import PlainTextResponse, Response
 from cluster import metrics
 from cluster.errors import DeadlineExceeded, InvalidRequest
 from cluster.settings import GatewaySettings
-from cluster.tenancy.accounts import Accounts
-from deployments.gateway import answering, document, encoding, errors, exchange, limits, middleware
+from deployments.gateway import answering, document, encoding, errors, exchange, limiting, limits, middleware
 from deployments.gateway.entrance import KEEPALIVE_S, Entrance
 from deployments.gateway.keys import Verify
 from deployments.gateway.openai import models
@@ -36,6 +35,7 @@ from deployments.gateway.openai.types import ChatRequest, CompletionRequest
 from deployments.gateway.responses import event_stream, json_response
 from deployments.gateway.routes import entrance, takes
 from deployments.gateway.scopes import PUBLIC, ScopedRoute, public_paths, requires
+from deployments.gateway.tenancy import Tenancy
 from deployments.router import Models, Word
 
 router = APIRouter(route_class=ScopedRoute, responses={"default": {"model": ErrorResponse}})
@@ -69,15 +69,15 @@ async def prometheus(request: Request) -> Response:
 @requires("inference")
 async def list_models(request: Request) -> Response:
     """The served models and their adapters."""
-    return json_response(models.listing(*await entrance(request).offers(exchange.of(request.scope).principal)))
+    return json_response(models.listing(*await limiting.permitted(entrance(request), exchange.of(request.scope))))
 
 
 @router.get("/v1/models/{model:path}", tags=["models"], response_model=Model)
 @requires("inference")
 async def retrieve_model(request: Request, model: str) -> Response:
     """One served model or adapter."""
-    offered = await entrance(request).offers(exchange.of(request.scope).principal)
-    return json_response(models.card(models.find(*offered, model)))
+    permitted = await limiting.permitted(entrance(request), exchange.of(request.scope))
+    return json_response(models.card(models.find(*permitted, model)))
 
 
 @router.post("/v1/models/{model}/sleep", tags=["operation"], status_code=204)
@@ -132,7 +132,7 @@ async def classify(request: Request) -> Response:
 async def encode(request: Request, operation: str) -> Response:
     parts, notes = entrance(request), exchange.of(request.scope)
     body = await limits.read_json(notes.body, parts.settings.max_json_depth)
-    answer = await encoding.rendered(parts.models, operation, body, notes, parts.settings.max_stream_s)
+    answer = await encoding.rendered(parts, operation, body, notes)
     return Response(answer, media_type="application/json")
 
 
@@ -140,10 +140,9 @@ async def generate(request: Request, operation: str) -> Response:
     parts, notes = entrance(request), exchange.of(request.scope)
     body = await limits.read_json(notes.body, parts.settings.max_json_depth)
     call = answering.parse(operation, body, notes)
-    seconds = parts.settings.max_stream_s
     if call.streams:
-        return await event_stream(answering.parts(parts.models, call, notes, seconds, parts.keepalive_s))
-    return json_response(await answering.whole(parts.models, call, notes, seconds))
+        return await event_stream(answering.parts(parts, call, notes, parts.keepalive_s))
+    return json_response(await answering.whole(parts, call, notes))
 
 
 async def tell(request: Request, model: str, word: Word) -> Response:
@@ -161,13 +160,13 @@ def build_app(
     verify_key: Verify,
     settings: GatewaySettings,
     *,
-    accounts: Accounts | None = None,
+    tenancy: Tenancy | None = None,
     keepalive_s: float = KEEPALIVE_S,
 ) -> FastAPI:
-    """Without `accounts` there is no administration over HTTP. Raises TypeError when a route exists that nobody declared a scope
-    for."""
-    shared = Entrance.of(models, verify_key, settings, keepalive_s, accounts)
-    routes = [*router.routes, *(admin.routes if accounts is not None else ())]
+    """Raises TypeError when a route exists that nobody declared a scope for."""
+    tenancy = tenancy or Tenancy()
+    shared = Entrance.of(models, verify_key, settings, tenancy, keepalive_s)
+    routes = [*router.routes, *(admin.routes if tenancy.accounts is not None else ())]
     public = public_paths(routes)
     app = FastAPI(
         title="MMaaS",

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 from cluster.errors import NotFound, PlatformError
-from deployments.gateway import answering, encoding, errors, limits, scopes
+from deployments.gateway import answering, encoding, errors, limiting, limits, scopes
 from deployments.gateway.answering import Part
 from deployments.gateway.entrance import Entrance
 from deployments.gateway.exchange import Exchange
@@ -61,11 +61,11 @@ async def _admitted(
     bounds = entrance.settings
     tree = limits.through_json(body, bounds.max_body_bytes, bounds.max_json_depth)
     if operation == "models.list":
-        yield models.listing(*await entrance.offers(notes.principal))
+        yield models.listing(*await limiting.permitted(entrance, notes))
     elif operation == "models.retrieve":
-        yield models.card(models.find(*await entrance.offers(notes.principal), str(tree.get("model", ""))))
+        yield models.card(models.find(*await limiting.permitted(entrance, notes), str(tree.get("model", ""))))
     elif operation in encoding.KINDS:
-        yield await encoding.answer(entrance.models, operation, tree, notes, bounds.max_stream_s)
+        yield await encoding.answer(entrance, operation, tree, notes)
     else:
         async with aclosing(_generated(entrance, answering.parse(operation, tree, notes), notes)) as answers:
             async for answer in answers:
@@ -73,11 +73,10 @@ async def _admitted(
 
 
 async def _generated(entrance: Entrance, call: answering.Call, notes: Exchange) -> AsyncGenerator[Part, None]:
-    seconds = entrance.settings.max_stream_s
     if not call.streams:
-        yield await answering.whole(entrance.models, call, notes, seconds)
+        yield await answering.whole(entrance, call, notes)
         return
-    async with aclosing(answering.parts(entrance.models, call, notes, seconds, silence_s=seconds)) as batches:
+    async with aclosing(answering.parts(entrance, call, notes, silence_s=entrance.settings.max_stream_s)) as batches:
         async for said in batches:
             for part in said.parts:
                 yield part

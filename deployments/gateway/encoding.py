@@ -10,11 +10,11 @@ import msgspec
 
 from cluster.errors import DeadlineExceeded
 from cluster.types import Encode, Encoded
+from deployments.gateway import limiting
 from deployments.gateway.answering import Part
+from deployments.gateway.entrance import Entrance
 from deployments.gateway.exchange import Exchange
 from deployments.gateway.openai.encoding import ClassifyCall, EmbeddingCall, RerankCall
-from deployments.gateway.scopes import permit_model
-from deployments.router import Models
 
 OFF_LOOP_INPUTS = 16
 """A call of more inputs is parsed and rendered in a thread."""
@@ -37,17 +37,17 @@ class Call(Protocol):
     def answer(self, encoded: Encoded) -> Part: ...
 
 
-async def answer(models: Models, operation: str, body: dict[str, Any], notes: Exchange, seconds: float) -> Part:
+async def answer(entrance: Entrance, operation: str, body: dict[str, Any], notes: Exchange) -> Part:
     """Raises PlatformError. Cancelling this cancels the model's work."""
     call = await _parse(operation, body, notes)
-    said: Part = await _beside(call.asked, call.answer, await _encoded(models, call, notes, seconds))
+    said: Part = await _beside(call.asked, call.answer, await _encoded(entrance, call, notes))
     return said
 
 
-async def rendered(models: Models, operation: str, body: dict[str, Any], notes: Exchange, seconds: float) -> bytes:
+async def rendered(entrance: Entrance, operation: str, body: dict[str, Any], notes: Exchange) -> bytes:
     """The answer as JSON. Raises PlatformError. Cancelling this cancels the model's work."""
     call = await _parse(operation, body, notes)
-    encoded = await _encoded(models, call, notes, seconds)
+    encoded = await _encoded(entrance, call, notes)
     said: bytes = await _beside(call.asked, lambda found: msgspec.json.encode(call.answer(found)), encoded)
     return said
 
@@ -62,19 +62,20 @@ async def _parse(operation: str, body: dict[str, Any], notes: Exchange) -> Call:
     inputs = body.get("input", body.get("documents"))
     is_short = not isinstance(inputs, list) or len(inputs) <= OFF_LOOP_INPUTS
     call = read() if is_short else await asyncio.to_thread(read)
-    permit_model(notes.principal, call.model)
     notes.model = call.model
     return call
 
 
-async def _encoded(models: Models, call: Call, notes: Exchange, seconds: float) -> Encoded:
-    try:
-        async with asyncio.timeout(seconds):
-            encoded = await models.encode(call.model, call.asked)
-    except TimeoutError:
-        raise DeadlineExceeded(f"The answer took longer than {seconds:g} s.") from None
-    notes.usage = encoded.usage
-    return encoded
+async def _encoded(entrance: Entrance, call: Call, notes: Exchange) -> Encoded:
+    seconds = entrance.settings.max_stream_s
+    async with limiting.admitted(entrance, notes, call.model, [call.asked]) as models:
+        try:
+            async with asyncio.timeout(seconds):
+                encoded = await models.encode(call.model, call.asked)
+        except TimeoutError:
+            raise DeadlineExceeded(f"The answer took longer than {seconds:g} s.") from None
+        notes.usage = encoded.usage
+        return encoded
 
 
 async def _beside(asked: Encode, work: Any, encoded: Encoded) -> Any:

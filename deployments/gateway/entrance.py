@@ -6,13 +6,23 @@ from dataclasses import dataclass
 
 from cluster.settings import GatewaySettings
 from cluster.tenancy.accounts import Accounts
-from cluster.types import Adapter, Deployment, Principal
+from cluster.tenancy.limits import Limits
+from deployments.gateway.cache import Cache
 from deployments.gateway.guards import Gate
 from deployments.gateway.keys import Keys, Verify
+from deployments.gateway.tenancy import Tenancy
 from deployments.router import Models
 
 KEEPALIVE_S = 15.0
 """Silence on a stream before a comment is sent; also how long an answer without a first token stays free to fail plainly."""
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """What tenants may do, and who says so. Without any of it, everything is allowed and nothing is administered."""
+
+    limits: Limits = field(default_factory=Unlimited)
+    administration: Administration | None = None
 
 
 @dataclass(frozen=True)
@@ -21,8 +31,9 @@ class Entrance:
     keys: Keys
     gate: Gate
     settings: GatewaySettings
+    tenancy: Tenancy
     keepalive_s: float = KEEPALIVE_S
-    accounts: Accounts | None = None
+    cache: Cache | None = None
 
     @classmethod
     def of(
@@ -30,15 +41,16 @@ class Entrance:
         models: Models,
         verify: Verify,
         settings: GatewaySettings,
+        tenancy: Tenancy,
         keepalive_s: float = KEEPALIVE_S,
-        accounts: Accounts | None = None,
     ) -> Entrance:
-        return cls(models, Keys(verify), Gate(settings.max_ongoing), settings, keepalive_s, accounts)
+        gate, cache = Gate(settings.max_ongoing), Cache.of(models, settings)
+        return cls(models, Keys(verify), gate, settings, tenancy, keepalive_s, cache)
 
-    async def offers(self, principal: Principal | None) -> tuple[list[Deployment], list[Adapter]]:
-        """What is served, as far as the caller's key may call it."""
-        served, adapters = await self.models.list(), await self.models.adapters()
-        if principal is None:
-            return [], []
-        may = principal.may_call
-        return [one for one in served if may(one.name)], [one for one in adapters if may(one.model)]
+    @property
+    def accounts(self) -> Accounts | None:
+        return self.tenancy.accounts
+
+    @property
+    def limits(self) -> Limits:
+        return self.tenancy.limits

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster import metrics
-from cluster.types import Principal, Usage
+from cluster.types import Chunk, Principal, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ class Exchange:
     bytes_out: int = 0
     first_token_s: float | None = None
     usage: Usage | None = None
+    spoken: int = 0  # output tokens so far
+    headers: dict[str, str] = field(default_factory=dict)  # of the answer, also of an error
 
     @property
     def elapsed_s(self) -> float:
@@ -57,10 +59,11 @@ class Exchange:
     def tenant(self) -> str:
         return self.principal.tenant if self.principal else ""
 
-    def heard(self) -> None:
+    def heard(self, chunks: Iterable[Chunk] = ()) -> None:
         """The model said something."""
         if self.first_token_s is None:
             self.first_token_s = self.elapsed_s
+        self.spoken += sum(len(delta.token_ids) for chunk in chunks for delta in chunk.deltas)
 
     def record(self, route: str | None) -> None:
         """Count and log the finished call. Only a model that answered becomes a label: others are a caller's words."""
@@ -86,6 +89,7 @@ class Exchange:
             "model": printable(self.model) if self.model else None,
             "prompt_tokens": self.usage.prompt_tokens if self.usage else None,
             "completion_tokens": self.usage.completion_tokens if self.usage else None,
+            "from_cache": self.usage.from_cache or None if self.usage else None,
             "first_token_ms": round(self.first_token_s * 1000, 3) if self.first_token_s is not None else None,
             "duration_ms": round(self.elapsed_s * 1000, 3),
             "bytes_out": self.bytes_out,

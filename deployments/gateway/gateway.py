@@ -12,11 +12,11 @@ from typing import Any
 from fastapi import FastAPI
 
 from cluster.settings import Settings
-from cluster.tenancy.accounts import Accounts
 from deployments.gateway import calls
 from deployments.gateway.answering import Part
 from deployments.gateway.app import build_app
 from deployments.gateway.keys import Verify
+from deployments.gateway.tenancy import Tenancy
 from deployments.router import Models, ServeModels
 
 APPLICATION = "gateway"
@@ -25,19 +25,21 @@ DEPLOYMENT = "Gateway"
 HEADROOM = 64
 """Requests that Serve lets in beyond our own limit, so that a full gateway still answers probes and refusals itself."""
 
-Parts = Callable[[Settings], tuple[Models, Verify, Accounts | None]]
+Parts = Callable[[Settings], tuple[Models, Verify, Tenancy]]
 
 
-def from_store(settings: Settings) -> tuple[Models, Verify, Accounts]:
-    """Served models, keys and accounts as the platform's store has them."""
+def from_store(settings: Settings) -> tuple[Models, Verify, Tenancy]:
+    """Served models, keys and what stands around every call, as the platform's store has them."""
     from cluster.adapters import Catalog
     from cluster.desired import Desired
     from cluster.private_files import Secrets
     from cluster.store import Store
+    from cluster.tenancy.accounts import Accounts
 
     store = Store(settings.store_url)
     accounts = Accounts(store, Secrets(settings.home).pepper)
-    return ServeModels(Desired(store).list, Catalog(store).list), accounts.keys.verify, accounts
+    models = ServeModels(Desired(store).list, Catalog(store).list)
+    return models, accounts.keys.verify, Tenancy.of(store, accounts, settings.gateway)
 
 
 class Gateway:
@@ -49,8 +51,8 @@ class Gateway:
         ingress.bind_inside()
         log.configure(settings.log_level)
         self._settings = settings
-        self._models, self._verify, accounts = parts(settings)
-        self._app = build_app(self._models, self._verify, settings.gateway, accounts=accounts)
+        models, verify, tenancy = parts(settings)
+        self._app = build_app(models, verify, settings.gateway, tenancy=tenancy)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor: what it serves over HTTP."""

@@ -38,6 +38,7 @@ class RequestId(Stage):
                     *message["headers"],
                     (b"x-request-id", notes.request_id.encode()),
                     (b"openai-processing-ms", str(round(notes.elapsed_s * 1000)).encode()),
+                    *((name.encode(), value.encode()) for name, value in notes.headers.items()),
                 ]
             await send(message)
 

@@ -14,7 +14,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from cluster.errors import ContextLengthExceeded, ModelNotFound, Overloaded, PlatformError, ReplicaLost, Unavailable
 from cluster.types import Adapter, Chunk, Delta, Generate, Usage
-from deployments.router import ServeModels, platform_error
+from deployments.router import FACTS_S, Facts, ServeModels, platform_error
 from tests.fakes import ECHO
 
 
@@ -135,3 +135,35 @@ async def test_an_adapter_is_asked_of_its_base_and_only_while_that_is_served() -
     for name in ("echo:french", "gone:german", "echo:"):
         with pytest.raises(ModelNotFound, match="echo"):
             await anext(models.generate(name, asked))
+
+
+class Telling:
+    """Stands for a handle whose replica tells facts of itself."""
+
+    def __init__(self) -> None:
+        self.digest, self.times, self.error = "v1", 0, None
+        self.info = self
+
+    async def remote(self) -> dict[str, object]:
+        self.times += 1
+        if self.error is not None:
+            raise self.error
+        return {"digest": self.digest, "max_model_len": 256}
+
+
+async def test_facts_are_a_second_old_asked_beside_the_calls_and_of_nobody_when_too_old() -> None:
+    now, telling = [0.0], Telling()
+    german = Adapter("echo", "german", "a" * 64)
+    models = ServeModels(lambda: [ECHO], lambda: [german], clock=lambda: now[0])
+    models._handles["echo"] = telling
+    assert await asyncio.gather(*(models.facts("echo") for _ in range(9))) == [Facts("v1", 256)] * 9
+    assert await models.facts("echo:german") == Facts(f"v1:{german.address}", 256)
+    assert telling.times == 1
+    now[0], telling.digest = 1.0, "v2"
+    assert await models.facts("echo") == Facts("v1", 256)
+    await asyncio.sleep(0.01)
+    assert await models.facts("echo") == Facts("v2", 256)
+    now[0], telling.error = 1.0 + FACTS_S, ValueError("away")
+    assert await models.facts("echo") is None
+    with pytest.raises(ModelNotFound):
+        await models.facts("nobody")

@@ -53,11 +53,12 @@ class LLM:
         return {"max_model_len": 64}
 
 
-def parts(settings: Settings) -> tuple[Any, Any, None]:
+def parts(settings: Settings) -> tuple[Any, Any, Any]:
     """In the place of the store: one model, and the keys of the fakes."""
+    from deployments.gateway.tenancy import Tenancy
     from deployments.router import ServeModels
 
-    return ServeModels(lambda: [ECHO]), KeyRing().verify, None
+    return ServeModels(lambda: [ECHO]), KeyRing().verify, Tenancy()
 
 
 def deploy_model() -> None:
