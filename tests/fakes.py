@@ -17,6 +17,7 @@ from cluster import metrics
 from cluster.errors import ModelNotFound, Unauthenticated
 from cluster.settings import Settings
 from cluster.tenancy.gcra import EMPTY, Bucket
+from cluster.tenancy.permissions import expand
 from cluster.tenancy.pools import Answer, Ask, draw_rate, draw_slots
 from cluster.types import (
     Adapter,
@@ -270,15 +271,17 @@ class ReplicaModels(EchoModels):
 
 
 class KeyRing:
-    """`verify` over a dictionary of keys. Counts look-ups."""
+    """`verify` over a dictionary of keys: two of the project `acme`, one of its organization. Counts look-ups."""
 
     USER = "mk_user_0123456789"
     ADMIN = "mk_admin_0123456789"
+    OWNER = "mk_owner_0123456789"
 
     def __init__(self) -> None:
         self.principals = {
-            self.USER: Principal("acme", "key_user", frozenset({"inference"})),
-            self.ADMIN: Principal("acme", "key_admin", frozenset({"inference", "admin"})),
+            self.USER: Principal("acme", "key_user", frozenset({"inference"}), "default"),
+            self.ADMIN: Principal("acme", "key_admin", frozenset({"inference", "admin"}), "default"),
+            self.OWNER: Principal("", "key_owner", expand({"organization"}), "default"),
             "mk_no_scope_012345": Principal("acme", "key_none", frozenset()),
         }
         self.lookups = 0

@@ -35,7 +35,7 @@ from deployments.gateway.openai.types import ChatRequest, CompletionRequest
 from deployments.gateway.responses import event_stream, json_response
 from deployments.gateway.routes import entrance, takes
 from deployments.gateway.scopes import PUBLIC, ScopedRoute, public_paths, requires
-from deployments.gateway.tenancy import Tenancy
+from deployments.gateway.tenancy import NONE, Tenancy
 from deployments.router import Models, Word
 
 router = APIRouter(route_class=ScopedRoute, responses={"default": {"model": ErrorResponse}})
@@ -160,11 +160,10 @@ def build_app(
     verify_key: Verify,
     settings: GatewaySettings,
     *,
-    tenancy: Tenancy | None = None,
+    tenancy: Tenancy = NONE,
     keepalive_s: float = KEEPALIVE_S,
 ) -> FastAPI:
     """Raises TypeError when a route exists that nobody declared a scope for."""
-    tenancy = tenancy or Tenancy()
     shared = Entrance.of(models, verify_key, settings, tenancy, keepalive_s)
     routes = [*router.routes, *(admin.routes if tenancy.accounts is not None else ())]
     public = public_paths(routes)

@@ -10,7 +10,7 @@ from cluster.tenancy.limits import Limits
 from deployments.gateway.cache import Cache
 from deployments.gateway.guards import Gate
 from deployments.gateway.keys import Keys, Verify
-from deployments.gateway.tenancy import Tenancy
+from deployments.gateway.tenancy import NONE, Tenancy
 from deployments.router import Models
 
 KEEPALIVE_S = 15.0
@@ -41,7 +41,7 @@ class Entrance:
         models: Models,
         verify: Verify,
         settings: GatewaySettings,
-        tenancy: Tenancy,
+        tenancy: Tenancy = NONE,
         keepalive_s: float = KEEPALIVE_S,
     ) -> Entrance:
         gate, cache = Gate(settings.max_ongoing), Cache.of(models, settings)

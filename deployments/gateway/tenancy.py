@@ -28,6 +28,9 @@ class Tenancy:
         return cls(accounts, limits_of(store, accounts, settings))
 
 
+NONE = Tenancy()
+
+
 def limits_of(store: Store, accounts: Accounts, settings: GatewaySettings) -> Limits:
     """Counted in this process where the store is SQLite, which has one gateway, and through the store where there may be more."""
     default = RateLimit("", requests=settings.requests_per_minute, tokens=settings.tokens_per_minute, streams=settings.streams)

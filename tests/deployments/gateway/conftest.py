@@ -17,9 +17,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from cluster.settings import GatewaySettings
-from cluster.tenancy.accounts import Accounts
 from deployments.gateway.app import build_app
-from deployments.gateway.tenancy import Tenancy
+from deployments.gateway.keys import Verify
+from deployments.gateway.tenancy import NONE, Tenancy
 from deployments.gateway.wire import Wire
 from tests.fakes import EchoModels, KeyRing
 
@@ -42,14 +42,15 @@ class Server:
 def serving(
     models: EchoModels | None = None,
     keepalive_s: float = 15.0,
-    tenancy: Tenancy | None = None,
+    tenancy: Tenancy = NONE,
+    verify: Verify | None = None,
     wire: type[asyncio.Protocol] | str = Wire,
     app: ASGIApp | None = None,
     **options: object,
 ) -> Iterator[Server]:
     """With accounts, keys are theirs, else those of a `KeyRing`. `wire`: how HTTP is spoken; `app`: served in the gateway's place."""
     models, keys = models or EchoModels(), KeyRing()
-    verify = tenancy.accounts.keys.verify if tenancy and tenancy.accounts else keys.verify
+    verify = verify or (tenancy.accounts.keys.verify if tenancy.accounts else keys.verify)
     app = app or build_app(models, verify, GatewaySettings(**options), tenancy=tenancy, keepalive_s=keepalive_s)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, http=wire, lifespan="off"))

@@ -24,6 +24,7 @@ from deployments.gateway.app import router
 from deployments.gateway.entrance import Entrance
 from deployments.gateway.openai.admin.routes import routes
 from deployments.gateway.scopes import PUBLIC, ScopedRoute
+from deployments.gateway.tenancy import Tenancy
 from tests.deployments.gateway.conftest import Server, eventually, serving
 from tests.deployments.gateway.test_specification import DOCUMENT, _nullable
 from tests.fakes import EchoModels
@@ -86,7 +87,7 @@ def office(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
     store.migrate()
     accounts = Accounts(store, b"pepper")
     _, admin_key = accounts.keys.create_admin(DEFAULT, "root", ["organization"])
-    with serving(accounts=accounts) as server:
+    with serving(tenancy=Tenancy(accounts)) as server:
         office = Office(server, accounts, admin_key)
         yield office
         office.close()

@@ -16,6 +16,7 @@ from cluster.tenancy import projects
 from cluster.tenancy.accounts import Accounts
 from cluster.tenancy.projects import DEFAULT
 from deployments.gateway.openai.admin.routes import routes
+from deployments.gateway.tenancy import Tenancy
 from tests.deployments.gateway.conftest import Server, serving
 
 BODIES: dict[str, dict[str, Any]] = {
@@ -94,7 +95,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     store = Store(f"sqlite:///{tmp_path_factory.mktemp('world')}/mmaas.db")
     store.migrate()
     accounts = Accounts(store, b"pepper")
-    with serving(accounts=accounts) as server:
+    with serving(tenancy=Tenancy(accounts)) as server:
         yield World(store, server, accounts)
     store.close()
 

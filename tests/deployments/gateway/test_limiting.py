@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from cluster.errors import RateLimited
 from cluster.settings import GatewaySettings
 from cluster.store import Store
+from cluster.tenancy.accounts import Accounts
 from cluster.tenancy.model_permissions import ModelPermissions, model_permissions
+from cluster.tenancy.projects import DEFAULT, projects
 from cluster.tenancy.rate_limits import MOST, RateLimit, RateLimits, rate_limits
 from cluster.tenancy.rules import STALE_S
 from cluster.types import Adapter, Deployment, Generate, Message, Sampling, Usage
-from deployments.gateway import calls, gateway, limiting
+from deployments.gateway import calls, limiting
 from deployments.gateway.entrance import Entrance
+from deployments.gateway.tenancy import Tenancy
 from tests.deployments.gateway.conftest import Server, eventually, serving
 from tests.deployments.gateway.test_specification import check
 from tests.fakes import ECHO, EchoModels, KeyRing, echo_chunks
@@ -33,6 +36,8 @@ HELLO: dict[str, Any] = {"model": "echo", "messages": [{"role": "user", "content
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     store = Store(f"sqlite:///{tmp_path_factory.mktemp('limits')}/mmaas.db")
     store.migrate()
+    with store.begin() as connection:
+        connection.execute(projects.insert().values(id="acme", name="acme", created_at=1.0, organization_id=DEFAULT))
     yield store
     store.close()
 
@@ -43,10 +48,8 @@ def limited(store: Store) -> Iterator[Server]:
     with store.begin() as connection:
         for table in (rate_limits, model_permissions):
             connection.execute(table.delete())
-    accounts = gateway.accounts(store, GatewaySettings())
-    assert accounts.administration is not None
-    object.__setattr__(accounts.administration, "has_project", lambda project: project == "acme")
-    with serving(accounts=accounts, cache_bytes=1 << 20) as server:
+    tenancy = Tenancy.of(store, Accounts(store, b"pepper"), GatewaySettings())
+    with serving(tenancy=tenancy, verify=KeyRing().verify, cache_bytes=1 << 20) as server:
         yield server
 
 
@@ -154,7 +157,9 @@ def test_who_hangs_up_pays_for_what_was_said(limited: Server, store: Store) -> N
 def test_handles_meet_the_same_limits(limited: Server, store: Store) -> None:
     put(store, RateLimit("acme", requests=2))
     keys = KeyRing()
-    entrance = Entrance.of(EchoModels(), keys.verify, GatewaySettings(), accounts=gateway.accounts(store, GatewaySettings()))
+    entrance = Entrance.of(
+        EchoModels(), keys.verify, GatewaySettings(), Tenancy.of(store, Accounts(store, b"pepper"), GatewaySettings())
+    )
 
     async def ask() -> list[Any]:
         return [part async for part in calls.call(entrance, KeyRing.USER, "chat.completions", HELLO)]
@@ -193,7 +198,7 @@ def test_models_that_are_not_permitted_do_not_exist(limited: Server, store: Stor
 def admin(limited: Server) -> Iterator[openai.OpenAI]:
     url = f"{limited.url}/v1"
     with openai.OpenAI(
-        base_url=url, api_key="-", admin_api_key=KeyRing.ADMIN, max_retries=0, _strict_response_validation=True
+        base_url=url, api_key="-", admin_api_key=KeyRing.OWNER, max_retries=0, _strict_response_validation=True
     ) as client:
         yield client
 
@@ -254,7 +259,7 @@ def test_the_official_client_reads_changes_and_deletes_model_permissions(admin: 
     ],
 )
 def test_what_is_wrong_is_said(limited: Server, path: str, body: dict[str, Any], status: int, param: str) -> None:
-    with limited.http(KeyRing.ADMIN) as http:
+    with limited.http(KeyRing.OWNER) as http:
         answer = http.post(f"{PROJECT}/{path}", json=body)
     assert answer.status_code == status, answer.text
     assert answer.json()["error"]["param"] == param
@@ -262,7 +267,7 @@ def test_what_is_wrong_is_said(limited: Server, path: str, body: dict[str, Any],
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "limit=99999999999999999999", "after=nothing", "before=rl-x"])
 def test_pages_that_are_not_there_are_refused(limited: Server, query: str) -> None:
-    with limited.http(KeyRing.ADMIN) as http:
+    with limited.http(KeyRing.OWNER) as http:
         assert http.get(f"{PROJECT}/rate_limits?{query}").status_code == 400
 
 
@@ -273,7 +278,7 @@ def test_only_administrators_and_only_projects_that_are_there(limited: Server) -
         *((m, "model_permissions") for m in ("GET", "POST", "DELETE")),
     ]
     body = {"mode": "allow_list", "model_ids": []}
-    with limited.http() as user, limited.http(KeyRing.ADMIN) as admin:
+    with limited.http() as user, limited.http(KeyRing.OWNER) as admin:
         for method, path in paths:
             assert user.request(method, f"{PROJECT}/{path}", json=body).status_code == 403
             answer = admin.request(method, f"/v1/organization/projects/nobody/{path}", json=body)
@@ -281,7 +286,7 @@ def test_only_administrators_and_only_projects_that_are_there(limited: Server) -
 
 
 def test_answers_conform_to_the_published_schemas(limited: Server) -> None:
-    with limited.http(KeyRing.ADMIN) as http:
+    with limited.http(KeyRing.OWNER) as http:
         check("ProjectRateLimitListResponse", http.get(f"{PROJECT}/rate_limits").json())
         check("ProjectRateLimit", http.post(f"{PROJECT}/rate_limits/rl-echo", json={"max_tokens_per_1_minute": 5}).json())
         check("ProjectModelPermissions", http.get(f"{PROJECT}/model_permissions").json())
