@@ -25,7 +25,6 @@ LAYERS: list[tuple[str, int]] = [
     ("cluster.storage", 0),
     ("cluster.manifest", 0),
     ("cluster.private_files", 0),
-    ("cluster.migrations", 0),
     ("cluster", 1),
     ("deployments.engine", 2),
     ("deployments.encode", 2),
