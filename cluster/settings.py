@@ -67,6 +67,12 @@ class GatewaySettings(_Section):
     """Longest life of one answer. Draining and HAProxy's hard stop wait at least this long."""
     max_ongoing: int = Field(default=512, ge=1, le=100_000)
     """Requests that one gateway replica works on at once; more get 503 with Retry-After."""
+    idempotency_answer_bytes: int = Field(default=1 << 20, ge=0, le=64 << 20)
+    """Longest answer to a call with an `Idempotency-Key` that is stored for a day; a longer one isn't, and doesn't run again."""
+    idempotency_tenant_bytes: int = Field(default=64 << 20, ge=0)
+    """Such answers that are stored for one project; the oldest give way."""
+    kept_queue_bytes: int = Field(default=32 << 20, ge=0)
+    """Inputs and outputs that may wait in memory to be kept, of projects that consented; more are dropped and counted."""
 
 
 class EngineSettings(_Section):

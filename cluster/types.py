@@ -23,14 +23,23 @@ NAME = re.compile(r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?\Z")
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who is calling. The tenant comes from the key alone, never from a request."""
+    """Who is calling. All of it comes from the key alone, never from a request.
+
+    `tenant` is a project's id, empty for an admin key: what everything is isolated by. `models`: the only ones that the key may
+    call; none says every one.
+    """
 
     tenant: str
     key_id: str
     scopes: frozenset[str]
+    organization: str = ""
+    models: frozenset[str] | None = None
 
     def can(self, scope: str) -> bool:
         return scope in self.scopes
+
+    def may_call(self, model: str) -> bool:
+        return self.models is None or model in self.models
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from mmaas.commands import adapters, chat, keys, models, plan, platform, train
+from mmaas.commands import adapters, audit, chat, kept, keys, models, plan, platform, train
 
 app = typer.Typer(
     name="mmaas",
@@ -25,6 +25,8 @@ models.add_to(app)
 plan.add_to(app)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(keys.app, name="keys")
+app.add_typer(audit.app, name="audit")
+app.add_typer(kept.app, name="kept")
 chat.add_to(app)
 app.add_typer(train.app, name="train")
 

@@ -7,11 +7,13 @@ the database refuse changes by mistake, signatures reveal those on purpose.
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from sqlalchemy import BigInteger, Column, Connection, Float, Integer, LargeBinary, String, Table, Text
 
 from cluster.errors import NotFound, StorageError
+from cluster.private_files import private_directory, read_private, write_private
 from cluster.store import Store, metadata
 from cluster.tenancy import chain
 from cluster.tenancy.chain import Actor, Head, Problem, Record
@@ -114,7 +117,7 @@ class Audit:
         before: Mapping[str, Any] | None = None,
         after: Mapping[str, Any] | None = None,
         *,
-        organization: str = "default",
+        organization: str = "",
         project: str | None = None,
         request_id: str | None = None,
         connection: Connection | None = None,
@@ -153,9 +156,7 @@ class Audit:
         with self._store.read() as connection:
             return _head(connection)
 
-    def list(
-        self, wanted: Wanted, *, limit: int, after: str | None = None, before: str | None = None
-    ) -> tuple[list[Record], bool]:
+    def list(self, wanted: Wanted, *, limit: int, after: str | None = None, before: str | None = None) -> tuple[list[Record], bool]:
         """The newest first, and whether there are more that way. `after` and `before` are ids of records of the same
         organization; with `before` those just newer than it. Raises NotFound for an id that isn't there."""
         query = sa.select(audit_log).where(*_conditions(wanted))
@@ -183,7 +184,7 @@ class Audit:
                 return
             last = rows[-1].number
 
-    def checkpoints(self) -> list[Head]:
+    def checkpoints(self) -> Sequence[Head]:
         with self._store.read() as connection:
             return [_head_of(row) for row in connection.execute(sa.select(audit_checkpoints).order_by(audit_checkpoints.c.number))]
 
@@ -216,7 +217,20 @@ def _head_row(head: Head) -> dict[str, Any]:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    names = ("number", "id", "at", "organization", "project", "action", "target", "before", "after", "request_id", "previous", "digest")
+    names = (
+        "number",
+        "id",
+        "at",
+        "organization",
+        "project",
+        "action",
+        "target",
+        "before",
+        "after",
+        "request_id",
+        "previous",
+        "digest",
+    )
     actor = record.actor
     who = {"actor_kind": actor.kind, "actor_id": actor.id, "actor_email": actor.email, "actor_address": actor.address}
     return {name: getattr(record, name) for name in names} | who
@@ -268,3 +282,21 @@ def _cut(text: str | None, most: int) -> str | None:
 def _clean(text: str, most: int) -> str:
     """Fit for a column and for a terminal: no keys, no control characters, no halves of characters, not too long."""
     return "".join(c if c.isprintable() else "?" for c in without_keys(text))[:most]
+
+
+def keep_head(audit: Audit, path: Path) -> None:
+    """Write the newest head into a file outside of the database; does nothing when it is there."""
+    head = audit.head()
+    if head.signature and head != read_head(path):
+        private_directory(path.parent)
+        write_private(path, json.dumps(chain.to_json(head)).encode())
+
+
+def read_head(path: Path) -> Head | None:
+    """What `keep_head` wrote. Raises StorageError for a file that it didn't."""
+    try:
+        return chain.head_of(json.loads(read_private(path)))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise StorageError(f"{path} holds no head of an audit log") from None

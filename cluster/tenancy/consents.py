@@ -53,7 +53,7 @@ class Consents:
         self._redactions = redactions
         self._clock = clock
 
-    def put(self, actor: Actor, consent: Consent, organization: str = "default") -> None:
+    def put(self, actor: Actor, consent: Consent, organization: str = "") -> None:
         """Give, change or (`share=0`) withdraw. Raises InvalidRequest for values out of range."""
         self._check(consent)
         row = {**asdict(consent), "changed_at": self._clock()}

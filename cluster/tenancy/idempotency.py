@@ -150,7 +150,9 @@ class Idempotency:
         """These are still being worked on."""
         until = self._clock() + LEASE_S
         with self._store.begin() as connection:
-            for run in sorted(runs, key=lambda one: (one.tenant, one.key)):  # in one order, so that two gateways never wait in a ring
+            for run in sorted(
+                runs, key=lambda one: (one.tenant, one.key)
+            ):  # in one order, so that two gateways never wait in a ring
                 connection.execute(idempotency.update().where(*_of(run)).values(lease_until=until))
 
     def purge(self, most: int = 1000) -> int:

@@ -18,7 +18,9 @@ MAX_FACTS = 8192
 MAX_DEPTH = 16
 HIDDEN = "[redacted]"
 
-_SECRET_WORDS = frozenset({"secret", "password", "passwd", "passphrase", "pepper", "token", "credential", "credentials", "authorization"})
+_SECRET_WORDS = frozenset(
+    {"secret", "password", "passwd", "passphrase", "pepper", "token", "credential", "credentials", "authorization"}
+)
 _SECRET_PAIRS = frozenset({"api_key", "private_key", "signing_key", "access_key"})
 # Keys by their usual prefixes, and anything of that form that is longer than the identifiers that we make ourselves.
 _KEY_TEXT = re.compile(r"\b((?:mk|sk|pk|hf|gh|xox)[a-z]{0,4}[-_](?=[\w-]{16})|[a-z]{2,8}[-_](?=\w{40}))[\w-]+", re.ASCII)

@@ -16,13 +16,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster import metrics
-from cluster.errors import DeadlineExceeded, InvalidRequest
+from cluster.errors import DeadlineExceeded, InvalidRequest, NotFound
 from cluster.settings import GatewaySettings
 from deployments.gateway import answering, encoding, errors, exchange, limits, middleware
+from deployments.gateway.accounts import Accounts
 from deployments.gateway.entrance import KEEPALIVE_S, Entrance
 from deployments.gateway.keys import Verify
-from deployments.gateway.openai import models
-from deployments.gateway.openai.answers import ChatCompletion, Completion, ErrorResponse, Model, ModelList
+from deployments.gateway.openai import audit_logs, models
+from deployments.gateway.openai.answers import AuditLogs, ChatCompletion, Completion, ErrorResponse, Model, ModelList
 from deployments.gateway.openai.encoding import (
     Classification,
     ClassifyRequest,
@@ -99,14 +100,14 @@ async def retrieve_model(request: Request, model: str) -> Response:
 @requires("admin")
 async def put_to_sleep(request: Request, model: str) -> Response:
     """Give a model's memory back to the system until it is asked for something, or woken."""
-    return await tell(request, model, "sleep")
+    return await tell(request, model, "sleep", "model.put_to_sleep")
 
 
 @router.post("/v1/models/{model}/wake", tags=["operation"], status_code=204)
 @requires("admin")
 async def wake_up(request: Request, model: str) -> Response:
     """Load a sleeping model again."""
-    return await tell(request, model, "wake")
+    return await tell(request, model, "wake", "model.woken")
 
 
 @router.post("/v1/chat/completions", tags=["chat"], response_model=ChatCompletion, openapi_extra=_takes(ChatRequest))
@@ -144,6 +145,18 @@ async def classify(request: Request) -> Response:
     return await encode(request, "classify")
 
 
+@router.get("/v1/organization/audit_logs", tags=["administration"], response_model=AuditLogs)
+@requires("admin")
+async def list_audit_logs(request: Request) -> Response:
+    """What was done and denied in the organization, the newest first."""
+    audit, notes = entrance(request).accounts.audit, exchange.of(request.scope)
+    if audit is None:
+        raise NotFound("This gateway has no audit log.")
+    asked = audit_logs.Asked.of(request.query_params.multi_items(), notes.principal)
+    records, has_more = await asyncio.to_thread(audit.list, asked.wanted, limit=asked.limit, after=asked.after, before=asked.before)
+    return json_response(audit_logs.listing(records, has_more))
+
+
 async def encode(request: Request, operation: str) -> Response:
     parts, notes = entrance(request), exchange.of(request.scope)
     body = await limits.read_json(notes.body, parts.settings.max_json_depth)
@@ -161,13 +174,14 @@ async def generate(request: Request, operation: str) -> Response:
     return json_response(await answering.whole(parts.models, call, notes, seconds))
 
 
-async def tell(request: Request, model: str, word: Word) -> Response:
+async def tell(request: Request, model: str, word: Word, action: str) -> Response:
     parts = entrance(request)
     try:
         async with asyncio.timeout(parts.settings.max_stream_s):
             await parts.models.tell(model, word)
     except TimeoutError:
         raise DeadlineExceeded(f"The model {model[:256]!r} did not {word} within {parts.settings.max_stream_s:g} s.") from None
+    await parts.accounts.record(exchange.of(request.scope), action, model)
     return Response(status_code=204)
 
 
@@ -176,9 +190,16 @@ def entrance(request: Request) -> Entrance:
     return shared
 
 
-def build_app(models: Models, verify_key: Verify, settings: GatewaySettings, *, keepalive_s: float = KEEPALIVE_S) -> FastAPI:
+def build_app(
+    models: Models,
+    verify_key: Verify,
+    settings: GatewaySettings,
+    *,
+    keepalive_s: float = KEEPALIVE_S,
+    accounts: Accounts | None = None,
+) -> FastAPI:
     """Raises TypeError when a route exists that nobody declared a scope for."""
-    shared = Entrance.of(models, verify_key, settings, keepalive_s)
+    shared = Entrance.of(models, verify_key, settings, keepalive_s, accounts)
     public = public_paths(router.routes)
     app = FastAPI(
         title="MMaaS",
@@ -187,7 +208,14 @@ def build_app(models: Models, verify_key: Verify, settings: GatewaySettings, *, 
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         exception_handlers={HTTPException: _refused, RequestValidationError: _invalid},
-        middleware=middleware.pipeline(gate=shared.gate, keys=shared.keys, public=public, max_body_bytes=settings.max_body_bytes),
+        middleware=middleware.pipeline(
+            gate=shared.gate,
+            keys=shared.keys,
+            public=public,
+            max_body_bytes=settings.max_body_bytes,
+            accounts=shared.accounts,
+            paths=frozenset(route.path for route in router.routes if isinstance(route, ScopedRoute)),
+        ),
     )
     app.router.routes.extend(router.routes)  # not include_router, which hides them from the check below
     public_paths(app.routes)

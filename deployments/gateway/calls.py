@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 from cluster.errors import NotFound, PlatformError
-from deployments.gateway import answering, encoding, errors, limits, scopes
+from deployments.gateway import answering, denying, encoding, errors, limits, scopes
 from deployments.gateway.answering import Part
 from deployments.gateway.entrance import Entrance
 from deployments.gateway.exchange import Exchange
@@ -44,6 +44,8 @@ async def call(entrance: Entrance, key: str, operation: str, body: Mapping[str, 
     except Exception as error:
         public = errors.public(error, notes.request_id)
         notes.status, notes.error = public.status, public.public_code
+        if isinstance(error, PlatformError):
+            denying.note(entrance.accounts.denials, notes, error, operation if operation in OPERATIONS else "unmatched")
         if not isinstance(error, PlatformError) or error.status == 500:
             logger.exception("call failed", extra={"request_id": notes.request_id})
         raise public from None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.settings import GatewaySettings
+from deployments.gateway.accounts import Accounts
 from deployments.gateway.guards import Gate
 from deployments.gateway.keys import Keys, Verify
 from deployments.router import Models
@@ -20,7 +21,15 @@ class Entrance:
     gate: Gate
     settings: GatewaySettings
     keepalive_s: float = KEEPALIVE_S
+    accounts: Accounts = field(default_factory=Accounts)
 
     @classmethod
-    def of(cls, models: Models, verify: Verify, settings: GatewaySettings, keepalive_s: float = KEEPALIVE_S) -> Entrance:
-        return cls(models, Keys(verify), Gate(settings.max_ongoing), settings, keepalive_s)
+    def of(
+        cls,
+        models: Models,
+        verify: Verify,
+        settings: GatewaySettings,
+        keepalive_s: float = KEEPALIVE_S,
+        accounts: Accounts | None = None,
+    ) -> Entrance:
+        return cls(models, Keys(verify), Gate(settings.max_ongoing), settings, keepalive_s, accounts or Accounts())

@@ -13,8 +13,10 @@ from fastapi import FastAPI
 
 from cluster.settings import Settings
 from deployments.gateway import calls
+from deployments.gateway.accounts import Accounts
 from deployments.gateway.answering import Part
 from deployments.gateway.app import build_app
+from deployments.gateway.chores import Chores
 from deployments.gateway.keys import Verify
 from deployments.router import Models, ServeModels
 
@@ -24,11 +26,11 @@ DEPLOYMENT = "Gateway"
 HEADROOM = 64
 """Requests that Serve lets in beyond our own limit, so that a full gateway still answers probes and refusals itself."""
 
-Parts = Callable[[Settings], tuple[Models, Verify]]
+Parts = Callable[[Settings], tuple[Models, Verify] | tuple[Models, Verify, Accounts]]
 
 
-def from_store(settings: Settings) -> tuple[Models, Verify]:
-    """Served models and keys as the platform's store has them."""
+def from_store(settings: Settings) -> tuple[Models, Verify, Accounts]:
+    """Served models, keys and accounts as the platform's store has them."""
     from cluster.adapters import Catalog
     from cluster.desired import Desired
     from cluster.private_files import Secrets
@@ -36,7 +38,8 @@ def from_store(settings: Settings) -> tuple[Models, Verify]:
     from cluster.tenancy.keys import Keys
 
     store = Store(settings.store_url)
-    return ServeModels(Desired(store).list, Catalog(store).list), Keys(store, Secrets(settings.home).pepper).verify
+    models = ServeModels(Desired(store).list, Catalog(store).list)
+    return models, Keys(store, Secrets(settings.home).pepper).verify, Accounts.of(store, settings)
 
 
 class Gateway:
@@ -48,8 +51,10 @@ class Gateway:
         ingress.bind_inside()
         log.configure(settings.log_level)
         self._settings = settings
-        self._models, self._verify = parts(settings)
-        self._app = build_app(self._models, self._verify, settings.gateway)
+        self._models, self._verify, *others = parts(settings)
+        accounts = others[0] if others else Accounts()
+        self._app = build_app(self._models, self._verify, settings.gateway, accounts=accounts)
+        self._chores = Chores(accounts.chores)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor: what it serves over HTTP."""
@@ -60,6 +65,11 @@ class Gateway:
         async with aclosing(calls.call(self._app.state.entrance, key, operation, body)) as answers:
             async for answer in answers:
                 yield answer
+
+    def __del__(self) -> None:
+        """Called by Serve when the replica has drained: what waits is written."""
+        if chores := getattr(self, "_chores", None):
+            chores.close()
 
     async def check_health(self) -> None:
         """That this runs is the proof: the event loop turns. A store in trouble is no reason to cut streams."""

@@ -15,9 +15,12 @@ from starlette.types import Message, Receive, Scope, Send
 from cluster.errors import PlatformError
 from cluster.log import bind
 from deployments.gateway import errors, exchange
+from deployments.gateway.accounts import Accounts
+from deployments.gateway.denying import NoteDenials
 from deployments.gateway.errors import ClientGone
 from deployments.gateway.exchange import Exchange, client_request_id
 from deployments.gateway.guards import Admission, Authenticate, Body, DropControlHeaders, Gate, Limits
+from deployments.gateway.keeping import Keep
 from deployments.gateway.keys import Keys
 from deployments.gateway.stage import Stage
 
@@ -117,12 +120,16 @@ async def _never() -> Message:
     return await never
 
 
-def pipeline(*, gate: Gate, keys: Keys, public: frozenset[str], max_body_bytes: int) -> list[Middleware]:
+def pipeline(
+    *, gate: Gate, keys: Keys, public: frozenset[str], max_body_bytes: int, accounts: Accounts, paths: frozenset[str]
+) -> list[Middleware]:
     """The stages, outermost first. The order is the policy: refuse as early and as cheaply as can be."""
     return [
         Middleware(RequestId),
         Middleware(AccessLog),
         Middleware(ErrorEnvelope),
+        Middleware(NoteDenials, denials=accounts.denials, paths=paths),
+        Middleware(Keep, keeper=accounts.keeper),
         Middleware(DropControlHeaders),
         Middleware(Admission, gate=gate, public=public),
         Middleware(Limits, max_body_bytes=max_body_bytes),

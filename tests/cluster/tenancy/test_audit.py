@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,14 @@ SOMEBODY = Actor("api_key", "key_1", "a@example.org", "10.0.0.1")
 
 
 @pytest.fixture
-def store(migrated: Store) -> Iterator[Store]:
+def store(migrated: Store) -> Store:
     without_guards(migrated)
     with migrated.begin() as connection:
         connection.execute(audit_log.delete())
         connection.execute(audit_checkpoints.delete())
         connection.execute(audit_head.delete())
         connection.execute(audit_head.insert().values(id=1, number=0, digest=bytes(32), at=0.0, signature=b""))
-    yield migrated
+    return migrated
 
 
 @pytest.fixture
@@ -69,9 +68,17 @@ def test_a_log_that_nobody_touched_is_true(audit: Audit) -> None:
 
 
 def test_who_what_before_and_after_come_back(audit: Audit, clock: Clock) -> None:
-    audit.record(SOMEBODY, "api_key.created", "key_2", None, {"scopes": {"b", "a"}}, organization="org", project="p", request_id="req_1")
+    audit.record(
+        SOMEBODY, "api_key.created", "key_2", None, {"scopes": {"b", "a"}}, organization="org", project="p", request_id="req_1"
+    )
     [record] = audit.records()
-    assert (record.number, record.at, record.actor, record.action, record.target) == (1, clock.now, SOMEBODY, "api_key.created", "key_2")
+    assert (record.number, record.at, record.actor, record.action, record.target) == (
+        1,
+        clock.now,
+        SOMEBODY,
+        "api_key.created",
+        "key_2",
+    )
     assert (record.before, record.after) == (None, '{"scopes":["a","b"]}')
     assert (record.organization, record.project, record.request_id) == ("org", "p", "req_1")
 
@@ -101,7 +108,8 @@ def test_threads_write_one_chain(audit: Audit) -> None:
 
 def test_processes_write_one_chain(audit: Audit, store: Store) -> None:
     program = (
-        "import sys; from cluster.store import Store; from cluster.tenancy.audit import Audit; from cluster.tenancy.chain import Actor\n"
+        "import sys; from cluster.store import Store; from cluster.tenancy.audit import Audit\n"
+        "from cluster.tenancy.chain import Actor\n"
         "audit = Audit(Store(sys.argv[1]), bytes(range(32)))\n"
         "for i in range(10): audit.record(Actor('system', 'test'), 'project.updated', str(i))"
     )

@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import sqlalchemy as sa
@@ -31,9 +30,9 @@ ASKED, OTHER = hashlib.sha256(b"asked").digest(), hashlib.sha256(b"other").diges
 
 
 @pytest.fixture
-def store(migrated: Store) -> Iterator[Store]:
+def store(migrated: Store) -> Store:
     empty(migrated)
-    yield migrated
+    return migrated
 
 
 def empty(store: Store) -> None:

@@ -46,7 +46,14 @@ def test_secrets_are_known_by_their_names() -> None:
 
 def test_what_is_no_secret_stays() -> None:
     names = [f"{kind}{'0a' * 16}" for kind in ("req_", "proj_", "user-", "audit_log-", "file-")]
-    kept = {"names": names, "max_tokens": 5, "max_tokens_per_1_minute": "9", "scopes": ["inference"], "key_id": "0123456789ab", "digest": "ab" * 32}
+    kept = {
+        "names": names,
+        "max_tokens": 5,
+        "max_tokens_per_1_minute": "9",
+        "scopes": ["inference"],
+        "key_id": "0123456789ab",
+        "digest": "ab" * 32,
+    }
     assert json.loads(facts(kept) or "") == kept
     assert facts(None) is None
 
