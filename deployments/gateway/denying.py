@@ -31,7 +31,8 @@ class NoteDenials(Stage):
         try:
             await self.app(scope, receive, send)
         except PlatformError as error:
-            route: str = getattr(scope.get("route"), "path", scope["path"] if scope["path"] in self._paths else "unmatched")
+            known = scope["path"] if scope["path"] in self._paths else "unmatched"
+            route = str(getattr(scope.get("route"), "path", known))
             address = scope["client"][0] if scope.get("client") else None
             note(self._denials, exchange.of(scope), error, route, address, _shown_id(scope))
             raise

@@ -41,7 +41,7 @@ def test_the_first_is_written_at_once_and_what_repeats_once_a_minute(denials: De
         clock.now += 0.05
         denials.note(WRONG)
         assert denials.write() == 0
-    clock.now += 10
+    clock.now += 11
     assert denials.write() == 1
     records = since(audit, start)
     assert counts(records) == [1, 1000]

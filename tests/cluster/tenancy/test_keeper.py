@@ -52,7 +52,7 @@ def test_a_call_is_found_again_by_its_id_and_by_its_project_alone(tmp_path: Path
     files = KeptFiles(tmp_path / "kept")
     calls = [call(1_700_000_000 + 3600.0 * hour, tenant) for hour in range(30) for tenant in ("acme", "other")]
     written = files.write(calls)
-    assert len(written) == 4, "two projects, two days"
+    assert len(written) == 6, "two projects, three days"
     for one in calls:
         assert files.find(one.tenant, one.request_id) == one
         with pytest.raises(NotFound) as foreign:

@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 
 from cluster.settings import GatewaySettings
+from deployments.gateway.accounts import Accounts
 from deployments.gateway.app import build_app
 from tests.fakes import EchoModels, KeyRing
 
@@ -34,9 +35,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(models: EchoModels | None = None, keepalive_s: float = 15.0, **options: object) -> Iterator[Server]:
+def serving(
+    models: EchoModels | None = None, keepalive_s: float = 15.0, accounts: Accounts | None = None, **options: object
+) -> Iterator[Server]:
     models, keys = models or EchoModels(), KeyRing()
-    app = build_app(models, keys.verify, GatewaySettings(**options), keepalive_s=keepalive_s)
+    app = build_app(models, keys.verify, GatewaySettings(**options), keepalive_s=keepalive_s, accounts=accounts)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, http="httptools", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
