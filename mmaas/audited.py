@@ -15,7 +15,7 @@ from cluster.private_files import Secrets
 from cluster.settings import Settings
 from cluster.store import Store
 from cluster.tenancy import chain
-from cluster.tenancy.audit import MAX_PROBLEMS, Audit, read_head
+from cluster.tenancy.audit import MAX_PROBLEMS, Audit, Note, read_head
 from cluster.tenancy.chain import Actor, Head, Problem, Record
 
 
@@ -28,6 +28,11 @@ def person() -> Actor:
     return Actor(
         "session", f"{getpass.getuser()}@{os.uname().nodename}", address=os.environ.get("SSH_CLIENT", "").partition(" ")[0] or None
     )
+
+
+def noting(store: Store, settings: Settings) -> Note:
+    """Records acts of the person who types, in the transactions that do them."""
+    return audit_of(store, settings).by(person())
 
 
 def kept_heads(settings: Settings) -> Sequence[Head]:

@@ -67,6 +67,9 @@ audit_checkpoints = Table(
     Column("signature", LargeBinary(64), nullable=False),
 )
 
+Note = Callable[[Connection, str, str, Mapping[str, Any] | None, Mapping[str, Any] | None], None]
+"""Writes down an act (what, of what, before, after) in the transaction that does it."""
+
 CHECKPOINT_EVERY = 256
 """Records between two heads that are kept in the database; one that is kept elsewhere is worth more (`Audit.head`)."""
 
@@ -139,6 +142,16 @@ class Audit:
         )
         with nullcontext(connection) if connection is not None else self._store.begin() as opened:
             return self._append(opened, draft)
+
+    def by(self, actor: Actor, organization: str = "") -> Note:
+        """For parts whose acts are recorded in their own transactions, whoever acts."""
+
+        def note(
+            connection: Connection, action: str, target: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
+        ) -> None:
+            self.record(actor, action, target, before, after, organization=organization, connection=connection)
+
+        return note
 
     def _append(self, connection: Connection, draft: Record) -> Record:
         head = _head(connection, locked=True)

@@ -60,7 +60,7 @@ class Accounts:
         files = KeptFiles(settings.home / "kept")
         keeper = Keeper(files, consents.list, REDACTIONS, queue_bytes=gateway.kept_queue_bytes)
         chores = (
-            Chore("denials", 1.0, denials.write),
+            Chore("denials", 1.0, denials.write, partial(denials.write, everything=True)),
             Chore("consents", 1.0, keeper.refresh),
             Chore("kept calls", 10.0, keeper.write),
             Chore("audit head", 60.0, lambda: keep_head(audit, settings.home / "audit" / "head.json")),

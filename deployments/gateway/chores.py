@@ -17,6 +17,7 @@ class Chore:
     name: str
     every_s: float
     work: Callable[[], object]
+    at_end: Callable[[], object] | None = None  # instead of `work`, the last time
 
 
 class Chores:
@@ -43,11 +44,11 @@ class Chores:
         self._closed.set()
         self._thread.join(seconds)
         for chore in self._next:
-            do(chore)
+            do(chore, chore.at_end)
 
 
-def do(chore: Chore) -> None:
+def do(chore: Chore, work: Callable[[], object] | None = None) -> None:
     try:
-        chore.work()
+        (work or chore.work)()
     except Exception:
         logger.exception("a chore failed", extra={"chore": chore.name})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +12,9 @@ from mmaas.commands.platform import JSON
 
 if TYPE_CHECKING:
     from cluster.tenancy.keys import Key, Keys
+
+Record = Callable[[str, str, "Mapping[str, object] | None", "str | None"], None]
+"""Writes down an act: what, of which key, what it is now, whose."""
 
 app = typer.Typer(help="API keys.", no_args_is_help=True)
 
@@ -29,8 +32,10 @@ def create(
 
     from mmaas.output import console, write_json
 
-    with _keys() as keys:
-        key_id, text = keys.create(tenant, name, scope or ["inference"], None if days is None else time.time() + days * 86400)
+    scopes = scope or ["inference"]
+    with _keys() as (keys, record):
+        key_id, text = keys.create(tenant, name, scopes, None if days is None else time.time() + days * 86400)
+        record("api_key.created", key_id, {"name": name, "scopes": scopes, "days": days}, tenant)
     if as_json:
         write_json({"id": key_id, "tenant": tenant, "key": text})
         return
@@ -43,7 +48,7 @@ def list_keys(tenant: Annotated[str | None, typer.Option(help="Only this tenant'
     """Show the keys, without their secrets."""
     from mmaas.output import write_json
 
-    with _keys() as keys:
+    with _keys() as (keys, _):
         found = keys.list(tenant)
     if as_json:
         write_json([_as_json(key) for key in found])
@@ -56,21 +61,28 @@ def revoke(key_id: Annotated[str, typer.Argument(help="Id of the key, as `mmaas 
     """End a key at once."""
     from mmaas.output import console
 
-    with _keys() as keys:
+    with _keys() as (keys, record):
         keys.revoke(key_id)
+        record("api_key.deleted", key_id, None, None)
     console().print(f"Revoked {key_id}")
 
 
 @contextlib.contextmanager
-def _keys() -> Iterator[Keys]:
+def _keys() -> Iterator[tuple[Keys, Record]]:
     from cluster import settings
     from cluster.private_files import Secrets
     from cluster.tenancy.keys import Keys
+    from mmaas.audited import audit_of, person
     from mmaas.up import opened_store
 
     loaded = settings.load()
     with opened_store(loaded) as store:
-        yield Keys(store, Secrets(loaded.home).pepper)
+        audit = audit_of(store, loaded)
+
+        def record(action: str, key_id: str, after: Mapping[str, object] | None, tenant: str | None) -> None:
+            audit.record(person(), action, key_id, None, after, project=tenant)
+
+        yield Keys(store, Secrets(loaded.home).pepper), record
 
 
 def _as_json(key: Key) -> dict[str, object]:
