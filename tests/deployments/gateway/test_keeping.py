@@ -16,7 +16,7 @@ from cluster.tenancy.keeper import Keeper
 from cluster.tenancy.kept_files import KeptFiles
 from cluster.tenancy.redaction import REDACTIONS
 from deployments.gateway.accounts import Accounts
-from tests.deployments.gateway.conftest import Server, serving
+from tests.deployments.gateway.conftest import Server, eventually, serving
 
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "call +49 30 901820 now"}]}
 
@@ -52,7 +52,7 @@ def post(keeping: Keeping, **asked: object) -> httpx.Response:
 def test_a_call_is_kept_redacted_and_found_by_its_request_id(keeping: Keeping, stream: bool) -> None:
     answer = post(keeping, stream=stream)
     assert "901820" in answer.text
-    assert keeping.keeper.write() == 1
+    eventually(lambda: keeping.keeper.write() == 1)  # handed over just after the last byte
     kept = keeping.files.find("acme", answer.headers["x-request-id"])
     assert (kept.operation, kept.model, kept.status, kept.key_id) == ("/v1/chat/completions", "echo", 200, "key_user")
     assert kept.is_complete
@@ -82,7 +82,7 @@ def test_what_asks_no_model_or_fails_is_not_kept(keeping: Keeping) -> None:
 def test_an_answer_that_broke_off_is_kept_as_such(keeping: Keeping) -> None:
     keeping.server.models.error, keeping.server.models.fail_after = ModelError("no numbers"), 2
     answer = post(keeping, stream=True)
-    assert keeping.keeper.write() == 1
+    eventually(lambda: keeping.keeper.write() == 1)  # handed over just after the last byte
     assert not keeping.files.find("acme", answer.headers["x-request-id"]).is_complete
 
 
