@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
+import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.tenancy.keeper import Keeper, drop
 from cluster.tenancy.kept_files import KeptCall
 from deployments.gateway import exchange
+from deployments.gateway.answering import Part
 from deployments.gateway.exchange import Exchange
 from deployments.gateway.stage import Stage
 
@@ -64,6 +68,32 @@ class Taken:
             return
         told, said = (raw.decode(errors="replace") for raw in (notes.body, b"".join(self._parts)))
         self._keeper.offer(kept(notes, operation, told, said, self._is_whole))
+
+
+class Spoken:
+    """The same for a call over a handle: JSON objects instead of bytes, put down as an event stream would have them."""
+
+    def __init__(self, keeper: Keeper | None) -> None:
+        self._keeper = keeper
+        self._parts: list[bytes] = []
+        self._room = keeper.call_bytes if keeper else 0
+
+    def take(self, notes: Exchange, part: Part) -> None:
+        if self._keeper is not None and notes.model is not None and self._keeper.wants(notes.tenant, notes.request_id):
+            event = b"data: " + msgspec.json.encode(part)
+            self._room -= len(event)
+            if self._room >= 0:
+                self._parts.append(event)
+
+    def hand_over(self, notes: Exchange, operation: str, body: Mapping[str, Any]) -> None:
+        if self._keeper is None or not self._parts:
+            return
+        told = msgspec.json.encode(body)
+        if self._room < 0 or len(told) > self._keeper.call_bytes:
+            drop("too_long")
+            return
+        said = self._parts[0].removeprefix(b"data: ") if not body.get("stream") else b"\n\n".join(self._parts)
+        self._keeper.offer(kept(notes, operation, told.decode(), said.decode(), notes.status == 200))
 
 
 def kept(notes: Exchange, operation: str, told: str, said: str, is_whole: bool) -> KeptCall:

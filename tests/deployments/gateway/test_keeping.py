@@ -11,12 +11,16 @@ import httpx
 import pytest
 
 from cluster.errors import ModelError, NotFound
+from cluster.settings import GatewaySettings
 from cluster.tenancy.consents import Consent
 from cluster.tenancy.keeper import Keeper
 from cluster.tenancy.kept_files import KeptFiles
 from cluster.tenancy.redaction import REDACTIONS
+from deployments.gateway import calls
 from deployments.gateway.accounts import Accounts
+from deployments.gateway.entrance import Entrance
 from tests.deployments.gateway.conftest import Server, eventually, serving
+from tests.fakes import EchoModels, KeyRing
 
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "call +49 30 901820 now"}]}
 
@@ -60,6 +64,18 @@ def test_a_call_is_kept_redacted_and_found_by_its_request_id(keeping: Keeping, s
     assert json.loads(kept.input)["messages"][0]["content"] == "call [number] now"
     choice = json.loads(kept.output)["choices"][0]
     assert (choice["content"] if stream else choice["message"]["content"]) == "call [number] now"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_calls_over_a_handle_are_kept_too(keeping: Keeping, stream: bool) -> None:
+    entrance = Entrance.of(EchoModels(), KeyRing().verify, GatewaySettings(), accounts=Accounts(keeper=keeping.keeper))
+    answers = [part async for part in calls.call(entrance, KeyRing.USER, "chat.completions", {**CHAT, "stream": stream})]
+    assert keeping.keeper.write() == 1
+    request_id = str(answers[0]["id"]).replace("chatcmpl-", "req_")
+    kept = keeping.files.find("acme", request_id)
+    choice = json.loads(kept.output)["choices"][0]
+    assert (choice["content"] if stream else choice["message"]["content"]) == "call [number] now"
+    assert (kept.operation, kept.status, kept.is_complete) == ("chat.completions", 200, True)
 
 
 def test_without_consent_nothing_is_kept(keeping: Keeping, tmp_path: Path) -> None:
