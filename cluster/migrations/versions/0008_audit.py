@@ -67,10 +67,9 @@ def _refuse_changes() -> None:
         return
     body = f"BEGIN RAISE EXCEPTION '{APPEND_ONLY}'; END"
     op.execute(f"CREATE FUNCTION audit_log_refuse() RETURNS trigger LANGUAGE plpgsql AS $${body}$$")
-    op.execute(
-        "CREATE TRIGGER audit_log_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON audit_log "
-        "FOR EACH STATEMENT EXECUTE FUNCTION audit_log_refuse()"
-    )
+    refuse = "EXECUTE FUNCTION audit_log_refuse()"
+    op.execute(f"CREATE TRIGGER audit_log_append_only BEFORE UPDATE OR DELETE ON audit_log FOR EACH ROW {refuse}")
+    op.execute(f"CREATE TRIGGER audit_log_no_truncate BEFORE TRUNCATE ON audit_log FOR EACH STATEMENT {refuse}")
 
 
 def _idempotency() -> None:

@@ -167,6 +167,7 @@ def test_token_ids_are_text_too(tmp_path: Path) -> None:
 
 
 def test_what_is_older_than_its_project_allows_is_removed(tmp_path: Path, clock: Clock) -> None:
+    clock.now = 1_700_000_000.0
     allowed = Allowed(Consent("acme", 1, keep_s=DAY_S), Consent("other", 1, keep_s=10 * DAY_S))
     made, files = keeper(tmp_path, allowed, clock), KeptFiles(tmp_path / "kept")
     old = [call(clock.now - 2 * DAY_S, tenant) for tenant in ("acme", "other")]
