@@ -6,6 +6,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
@@ -13,15 +14,20 @@ from cluster.errors import InvalidRequest, ModelNotFound
 from cluster.store import Store, adapters
 from cluster.types import NAME, Adapter
 
+if TYPE_CHECKING:
+    from cluster.tenancy.audit import Note
+
 _ADDRESS = re.compile(r"[0-9a-f]{64}")
 
 
 class Catalog:
     """The rows of the `adapters` table as `Adapter`s."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, note: Note | None = None) -> None:
+        """`note` writes changes into the audit log (`Audit.by`)."""
         self._store = store
         self._clock = clock
+        self._note = note
 
     def put(self, adapter: Adapter) -> Adapter:
         """Insert, or let the name stand for other files from now on. Raises InvalidRequest for a name that can't be one."""
@@ -32,8 +38,13 @@ class Catalog:
             raise InvalidRequest(f"{adapter.address!r:.80} is no address of the library", param="address")
         row = dataclasses.replace(adapter, created_at=self._clock())
         with self._store.begin() as connection:
-            connection.execute(adapters.delete().where(_is(adapter.base, adapter.name)))
+            same = _is(adapter.base, adapter.name)
+            was = connection.execute(sa.select(adapters).where(same)).one_or_none()
+            connection.execute(adapters.delete().where(same))
             connection.execute(adapters.insert().values(dataclasses.asdict(row)))
+            if self._note is not None:
+                before = dict(was._mapping) if was else None
+                self._note(connection, "adapter.added", row.model, before, dataclasses.asdict(row))
         return row
 
     def list(self) -> list[Adapter]:
@@ -45,8 +56,11 @@ class Catalog:
     def delete(self, base: str, name: str) -> None:
         """Raises ModelNotFound when there is no such adapter. Its files stay in the library."""
         with self._store.begin() as connection:
-            gone = connection.execute(adapters.delete().where(_is(base, name))).rowcount
-        if not gone:
+            gone = connection.execute(sa.select(adapters).where(_is(base, name))).one_or_none()
+            connection.execute(adapters.delete().where(_is(base, name)))
+            if gone is not None and self._note is not None:
+                self._note(connection, "adapter.removed", f"{base}:{name}", dict(gone._mapping), None)
+        if gone is None:
             raise ModelNotFound(f"there is no adapter {base}:{name}", param="model")
 
 

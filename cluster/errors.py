@@ -106,6 +106,20 @@ class LedgerUnavailable(PlatformError):
     code = "billing_unavailable"
 
 
+class InProgress(InvalidRequest):
+    """Raised when a request with the same idempotency key is still being worked on: come back for its answer."""
+
+    status = 409
+    code = "idempotency_in_progress"
+
+
+class KeyReused(InvalidRequest):
+    """Raised when an idempotency key comes back with another request than it was first used for."""
+
+    status = 422
+    code = "idempotency_key_reused"
+
+
 class PayloadTooLarge(InvalidRequest):
     """Raised when a body is longer than the gateway accepts."""
 

@@ -25,6 +25,10 @@ TOKENS_IN = Counter("mmaas_gateway_tokens_in_total", "Prompt tokens of finished 
 TOKENS_OUT = Counter("mmaas_gateway_tokens_out_total", "Output tokens of finished calls", ("model",))
 FIRST_TOKEN = Histogram("mmaas_gateway_first_token_seconds", "Arrival to first token", ("model",), buckets=_SECONDS)
 
+# Tenancy
+IDEMPOTENT = Counter("mmaas_idempotent_calls_total", "Calls with an Idempotency-Key: executed, replayed, refused", ("outcome",))
+KEPT = Counter("mmaas_kept_calls_total", "Calls whose input and output were to be kept, by what became of them", ("outcome",))
+
 # The engine: counted in its own process, told by `LLM.stats`, and added up over a model's replicas by whoever shows them
 ENGINE: Mapping[str, tuple[type[GaugeMetricFamily] | type[CounterMetricFamily], str, str]] = {
     "running": (GaugeMetricFamily, "mmaas_engine_running", "Sequences in the running batch"),

@@ -56,6 +56,11 @@ class Secrets:
         return read_private(self._made("prefix-cache"))
 
     @property
+    def audit_key(self) -> bytes:
+        """Seed of the Ed25519 key that signs how far the audit log has come: 32 bytes."""
+        return bytes.fromhex(read_private(self._made("audit-key")).decode())
+
+    @property
     def ray_token_path(self) -> Path:
         """File with the token of the Ray cluster, which is its administrator's password."""
         read_private(path := self._made("ray-token"))

@@ -82,6 +82,12 @@ class GatewaySettings(_Section):
     """Of that, the most that one tenant's answers may take."""
     cache_s: float = Field(default=3600.0, gt=0)
     """How long an answer is kept."""
+    idempotency_answer_bytes: int = Field(default=1 << 20, ge=0, le=64 << 20)
+    """Longest answer to a call with an `Idempotency-Key` that is stored for a day; a longer one isn't, and doesn't run again."""
+    idempotency_tenant_bytes: int = Field(default=64 << 20, ge=0)
+    """Such answers that are stored for one project; the oldest give way."""
+    kept_queue_bytes: int = Field(default=32 << 20, ge=0)
+    """Inputs and outputs that may wait in memory to be kept, of projects that consented; more are dropped and counted."""
 
 
 class EngineSettings(_Section):

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from mmaas.commands import adapters, chat, invoice, keys, models, plan, platform, prices, projects, train, usage, users
+from mmaas.commands import adapters, audit, chat, invoice, kept, keys, models, plan, platform, prices, projects, train, usage, users
 
 app = typer.Typer(
     name="mmaas",
@@ -32,6 +32,8 @@ usage.add_to(app)
 app.add_typer(invoice.app, name="invoice")
 app.add_typer(prices.prices, name="prices")
 app.add_typer(prices.budgets, name="budgets")
+app.add_typer(audit.app, name="audit")
+app.add_typer(kept.app, name="kept")
 chat.add_to(app)
 app.add_typer(train.app, name="train")
 

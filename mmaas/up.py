@@ -150,7 +150,9 @@ def reconcile(settings: Settings) -> None:
 
 def _want(settings: Settings, asked: Asked, console: Console, store: Store, platform: Platform) -> bool:
     """Make sure that some model is desired; returns whether the desired state changed."""
-    desired = Desired(store)
+    from mmaas.audited import noting
+
+    desired = Desired(store, note=noting(store, settings))
     if asked.model is None and asked != Asked():
         reason = "--name, --tp, --pp, --dtype and --quantization go with --model; change a served model with `mmaas deploy`"
         raise InvalidRequest(reason, param="model")
@@ -207,12 +209,20 @@ def _finish(settings: Settings, console: Console, store: Store, served: Sequence
     model = names[0] if len(names) == 1 or "chat" not in names else "chat"
     fresh = not _has_valid_keys(settings, keys)
     if fresh:
-        _, api_key = keys.create(DEFAULT, "quickstart", ["inference"])
-        _, admin_key = keys.create_admin(DEFAULT, "quickstart-admin", ["admin"])
+        api_id, api_key = keys.create(DEFAULT, "quickstart", ["inference"])
+        admin_id, admin_key = keys.create_admin(DEFAULT, "quickstart-admin", ["admin"])
+        _record_keys(settings, store, api_id, admin_id)
         Quickstart(f"{settings.base_url}/v1", api_key, admin_key, model).save(settings)
     _print_welcome(
         settings, console, Quickstart.load(settings), fresh, {one.name: call for one in served if (call := _encoder_call(one))}
     )
+
+
+def _record_keys(settings: Settings, store: Store, *ids: str) -> None:
+    from mmaas.audited import audit_of, person
+
+    for key_id in ids:
+        audit_of(store, settings).record(person(), "api_key.created", key_id, None, {"name": "quickstart"}, project="default")
 
 
 def _has_valid_keys(settings: Settings, keys: Keys) -> bool:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from alembic import context
 
 from cluster.store import metadata
-from cluster.tenancy import accounts, credits, invoices, journal, pools  # noqa: F401 - they declare their tables on `metadata`
+from cluster.tenancy import (  # noqa: F401 - they declare their tables on `metadata`
+    accounts,
+    audit,
+    consents,
+    credits,
+    idempotency,
+    invoices,
+    journal,
+    pools,
+)
 
 context.configure(connection=context.config.attributes["connection"], target_metadata=metadata, compare_type=True)
 context.run_migrations()

@@ -84,14 +84,14 @@ async def retrieve_model(request: Request, model: str) -> Response:
 @requires("admin")
 async def put_to_sleep(request: Request, model: str) -> Response:
     """Give a model's memory back to the system until it is asked for something, or woken."""
-    return await tell(request, model, "sleep")
+    return await tell(request, model, "sleep", "model.put_to_sleep")
 
 
 @router.post("/v1/models/{model}/wake", tags=["operation"], status_code=204)
 @requires("admin")
 async def wake_up(request: Request, model: str) -> Response:
     """Load a sleeping model again."""
-    return await tell(request, model, "wake")
+    return await tell(request, model, "wake", "model.woken")
 
 
 @router.post("/v1/chat/completions", tags=["chat"], response_model=ChatCompletion, openapi_extra=takes(ChatRequest))
@@ -145,13 +145,14 @@ async def generate(request: Request, operation: str) -> Response:
     return json_response(await answering.whole(parts, call, notes))
 
 
-async def tell(request: Request, model: str, word: Word) -> Response:
+async def tell(request: Request, model: str, word: Word, action: str) -> Response:
     parts = entrance(request)
     try:
         async with asyncio.timeout(parts.settings.max_stream_s):
             await parts.models.tell(model, word)
     except TimeoutError:
         raise DeadlineExceeded(f"The model {model[:256]!r} did not {word} within {parts.settings.max_stream_s:g} s.") from None
+    await parts.tenancy.record(exchange.of(request.scope), action, model)
     return Response(status_code=204)
 
 
@@ -180,6 +181,8 @@ def build_app(
             public=public,
             max_body_bytes=settings.max_body_bytes,
             hosts=frozenset(name.lower() for name in settings.names),
+            tenancy=tenancy,
+            paths=frozenset(route.path for route in routes if isinstance(route, ScopedRoute)),
         ),
     )
     app.router.routes.extend(routes)  # not include_router, which hides them from the check below

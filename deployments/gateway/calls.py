@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 from cluster.errors import NotFound, PlatformError
-from deployments.gateway import answering, encoding, errors, limiting, limits, scopes
+from deployments.gateway import answering, denying, encoding, errors, keeping, limiting, limits, scopes
 from deployments.gateway.answering import Part
 from deployments.gateway.entrance import Entrance
 from deployments.gateway.exchange import Exchange
@@ -35,19 +35,24 @@ OPERATIONS = {
 async def call(entrance: Entrance, key: str, operation: str, body: Mapping[str, Any]) -> AsyncGenerator[Part, None]:
     """Raises PlatformError; a fault of ours arrives without its words, as over HTTP."""
     notes, operation = Exchange(method="CALL"), str(operation)
+    spoken = keeping.Spoken(entrance.tenancy.keeper)
     try:
         with entrance.gate.admit():
             async with aclosing(_admitted(entrance, key, operation, body, notes)) as answers:
                 async for answer in answers:
+                    spoken.take(notes, answer)
                     yield answer
         notes.status = 200
     except Exception as error:
         public = errors.public(error, notes.request_id)
         notes.status, notes.error = public.status, public.public_code
+        if isinstance(error, PlatformError):
+            denying.note(entrance.tenancy.denials, notes, error, operation if operation in OPERATIONS else "unmatched")
         if not isinstance(error, PlatformError) or error.status == 500:
             logger.exception("call failed", extra={"request_id": notes.request_id})
         raise public from None
     finally:
+        spoken.hand_over(notes, operation, body)
         notes.record(operation if operation in OPERATIONS else None)
 
 

@@ -18,14 +18,6 @@ KEEPALIVE_S = 15.0
 
 
 @dataclass(frozen=True)
-class Accounts:
-    """What tenants may do, and who says so. Without any of it, everything is allowed and nothing is administered."""
-
-    limits: Limits = field(default_factory=Unlimited)
-    administration: Administration | None = None
-
-
-@dataclass(frozen=True)
 class Entrance:
     models: Models
     keys: Keys

@@ -71,10 +71,13 @@ class Exchange:
         metrics.count_request(route, self.method, self.status, self.elapsed_s)
         if self.first_token_s is not None:
             metrics.FIRST_TOKEN.labels(self.model).observe(self.first_token_s)
+        self.count_tokens()
+        logger.info("request", extra={name: value for name, value in self._fields(route).items() if value is not None})
+
+    def count_tokens(self) -> None:
         if self.usage is not None:
             metrics.TOKENS_IN.labels(self.model).inc(self.usage.prompt_tokens)
             metrics.TOKENS_OUT.labels(self.model).inc(self.usage.completion_tokens)
-        logger.info("request", extra={name: value for name, value in self._fields(route).items() if value is not None})
 
     def _fields(self, route: str | None) -> dict[str, object]:
         return {

@@ -15,6 +15,7 @@ from cluster.settings import Settings
 from deployments.gateway import calls
 from deployments.gateway.answering import Part
 from deployments.gateway.app import build_app
+from deployments.gateway.chores import Chores
 from deployments.gateway.keys import Verify
 from deployments.gateway.tenancy import Tenancy
 from deployments.router import Models, ServeModels
@@ -32,14 +33,12 @@ def from_store(settings: Settings) -> tuple[Models, Verify, Tenancy]:
     """Served models, keys and what stands around every call, as the platform's store has them."""
     from cluster.adapters import Catalog
     from cluster.desired import Desired
-    from cluster.private_files import Secrets
     from cluster.store import Store
-    from cluster.tenancy.accounts import Accounts
 
     store = Store(settings.store_url)
-    accounts = Accounts(store, Secrets(settings.home).pepper)
-    models = ServeModels(Desired(store).list, Catalog(store).list)
-    return models, accounts.keys.verify, Tenancy.of(store, accounts, settings.gateway)
+    tenancy = Tenancy.of(store, settings)
+    assert tenancy.accounts is not None, "the store has them"
+    return ServeModels(Desired(store).list, Catalog(store).list), tenancy.accounts.keys.verify, tenancy
 
 
 class Gateway:
@@ -53,6 +52,7 @@ class Gateway:
         self._settings = settings
         models, verify, tenancy = parts(settings)
         self._app = build_app(models, verify, settings.gateway, tenancy=tenancy)
+        self._chores = Chores(tenancy.chores)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor: what it serves over HTTP."""
@@ -63,6 +63,11 @@ class Gateway:
         async with aclosing(calls.call(self._app.state.entrance, key, operation, body)) as answers:
             async for answer in answers:
                 yield answer
+
+    def __del__(self) -> None:
+        """Called by Serve when the replica has drained: what waits is written."""
+        if chores := getattr(self, "_chores", None):
+            chores.close()
 
     async def check_health(self) -> None:
         """That this runs is the proof: the event loop turns. A store in trouble is no reason to cut streams."""

@@ -30,7 +30,8 @@ UNKNOWN_ROOM = 8192
 async def admitted(
     entrance: Entrance, notes: Exchange, model: str, asked: Sequence[Generate | Encode], *, streams: bool = False
 ) -> AsyncIterator[Answers]:
-    """The models, for one call that its limits allow. Raises RateLimited, and ModelNotFound for what its key or project may not use."""
+    """The models, for one call that its limits allow. Raises RateLimited, and ModelNotFound for what its key or project may not
+    use."""
     try:
         permit_model(notes.principal, model)
         granted = await _admit(entrance, notes, model, asked, streams)

@@ -15,12 +15,15 @@ from starlette.types import Message, Receive, Scope, Send
 from cluster.errors import PlatformError
 from cluster.log import bind
 from deployments.gateway import errors, exchange
+from deployments.gateway.denying import NoteDenials
 from deployments.gateway.errors import ClientGone
 from deployments.gateway.exchange import Exchange, client_request_id
 from deployments.gateway.guards import Admission, Authenticate, Body, DropControlHeaders, Gate, Limits
+from deployments.gateway.keeping import Keep
 from deployments.gateway.keys import Keys
 from deployments.gateway.security_headers import SecurityHeaders
 from deployments.gateway.stage import Stage
+from deployments.gateway.tenancy import Tenancy
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +123,14 @@ async def _never() -> Message:
 
 
 def pipeline(
-    *, gate: Gate, keys: Keys, public: frozenset[str], max_body_bytes: int, hosts: frozenset[str] = frozenset()
+    *,
+    gate: Gate,
+    keys: Keys,
+    public: frozenset[str],
+    max_body_bytes: int,
+    tenancy: Tenancy,
+    paths: frozenset[str],
+    hosts: frozenset[str] = frozenset(),
 ) -> list[Middleware]:
     """The stages, outermost first. The order is the policy: refuse as early and as cheaply as can be."""
     return [
@@ -128,6 +138,8 @@ def pipeline(
         Middleware(RequestId),
         Middleware(AccessLog),
         Middleware(ErrorEnvelope),
+        Middleware(NoteDenials, denials=tenancy.denials, paths=paths),
+        Middleware(Keep, keeper=tenancy.keeper),
         Middleware(DropControlHeaders),
         Middleware(Admission, gate=gate, public=public),
         Middleware(Limits, max_body_bytes=max_body_bytes, hosts=hosts),

@@ -14,10 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from cluster.errors import Forbidden, ModelNotFound, Unauthenticated
+from cluster.errors import Forbidden, InvalidRequest, ModelNotFound, Unauthenticated
 from cluster.tenancy import permissions
 from cluster.types import Principal
-from deployments.gateway import exchange
+from deployments.gateway import exchange, once
 
 PUBLIC = "public"
 SCOPES = permissions.ALL | {PUBLIC}
@@ -70,9 +70,17 @@ class ScopedRoute(APIRoute):
 
         async def permitted(request: Request) -> Response:
             permit(exchange.of(request.scope).principal, self.scope)
-            return await handle(request)
+            key = None if self.scope == PUBLIC else once.key_of(request)
+            return await handle(request) if key is None else await _once(request).answer(key, request, handle)
 
         return permitted
+
+
+def _once(request: Request) -> once.Once:
+    found: once.Once | None = request.app.state.entrance.tenancy.once
+    if found is None:
+        raise InvalidRequest("This gateway does not take an Idempotency-Key.", param="Idempotency-Key")
+    return found
 
 
 def public_paths(routes: Iterable[BaseRoute]) -> frozenset[str]:

@@ -31,13 +31,14 @@ def add(
     from cluster.adapters import Catalog
     from cluster.desired import Desired
     from cluster.types import Adapter
+    from mmaas.audited import noting
     from mmaas.output import console
     from mmaas.up import opened_store
 
     loaded = settings.load()
     with opened_store(loaded) as store:
         address = _published(located(path), Desired(store).get(base), loaded)
-        adapter = Catalog(store).put(Adapter(base, name, address))
+        adapter = Catalog(store, note=noting(store, loaded)).put(Adapter(base, name, address))
     console().print(f"{adapter.model} is served from now on, and loaded when it is first asked for", markup=False)
 
 
@@ -64,11 +65,13 @@ def remove(name: Annotated[str, typer.Argument(help=NAME_HELP)], base: Annotated
     """Stop serving BASE:NAME. Requests that use it finish; its files stay in the library."""
     from cluster import settings
     from cluster.adapters import Catalog
+    from mmaas.audited import noting
     from mmaas.output import console
     from mmaas.up import opened_store
 
-    with opened_store(settings.load()) as store:
-        Catalog(store).delete(base, name)
+    loaded = settings.load()
+    with opened_store(loaded) as store:
+        Catalog(store, note=noting(store, loaded)).delete(base, name)
     console().print(f"Removed {base}:{name}", markup=False)
 
 

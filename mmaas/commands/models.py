@@ -30,6 +30,7 @@ def deploy(
     from cluster import settings
     from cluster.desired import Desired, checked_quantization
     from cluster.types import Deployment
+    from mmaas.audited import noting
     from mmaas.up import Platform, opened_store, reconcile
 
     loaded = settings.load()
@@ -38,7 +39,7 @@ def deploy(
     wanted = Deployment(name, located(model), tp, dtype, least, most, max_model_len, pp=pp, quantization=kind)
     Platform().admit(loaded, wanted)
     with opened_store(loaded) as store:
-        Desired(store).put(wanted)
+        Desired(store, note=noting(store, loaded)).put(wanted)
     reconcile(loaded)
 
 
@@ -46,11 +47,12 @@ def undeploy(name: Annotated[str, typer.Argument(help="Name of the served model.
     """Stop serving NAME. The model stays in the library."""
     from cluster import settings
     from cluster.desired import Desired
+    from mmaas.audited import noting
     from mmaas.up import opened_store, reconcile
 
     loaded = settings.load()
     with opened_store(loaded) as store:
-        Desired(store).delete(name)
+        Desired(store, note=noting(store, loaded)).delete(name)
     reconcile(loaded)
 
 

@@ -27,6 +27,30 @@ CHAT = Deployment(
 )
 
 
+def test_changes_are_noted_in_the_transaction_that_makes_them(desired: Desired) -> None:
+    noted: list[tuple[object, ...]] = []
+
+    def note(connection: object, action: str, target: str, before: object, after: object) -> None:
+        noted.append((action, target, before, after))
+        if len(noted) == 3:
+            raise RuntimeError("no log, no change")
+
+    store = desired._store
+    desired = Desired(store, note=note)
+    first = desired.put(Deployment("a", "models:/a@b", created_at=5.0))
+    second = desired.put(Deployment("a", "models:/a@c", created_at=5.0))
+    with pytest.raises(RuntimeError, match="no log"):
+        desired.delete("a")
+    was, is_ = dataclasses.asdict(first), dataclasses.asdict(second)
+    assert noted == [
+        ("model.deployed", "a", None, was),
+        ("model.deployed", "a", was, is_),
+        ("model.undeployed", "a", is_, None),
+    ]
+    assert desired.get("a") == second
+    Desired(store).delete("a")
+
+
 def test_what_was_put_comes_back(desired: Desired) -> None:
     put = desired.put(CHAT)
     assert put == dataclasses.replace(CHAT, created_at=100.0)

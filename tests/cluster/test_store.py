@@ -134,7 +134,6 @@ def test_several_processes_can_migrate_at_once(tmp_path: Path) -> None:
 
 
 def test_a_schema_from_the_future_is_refused(store: Store) -> None:
-    version = sa.table("alembic_version", sa.column("version_num"))
     with store.begin() as connection:
         head = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")

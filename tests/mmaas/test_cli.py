@@ -16,7 +16,11 @@ import pytest
 from cluster import settings
 from cluster.desired import Desired
 from cluster.errors import InvalidRequest, PlatformError, Unavailable
+from cluster.tenancy.audit import keep_head
+from cluster.tenancy.kept_files import KeptCall, KeptFiles
 from cluster.types import Deployment
+from deployments.gateway.exchange import new_request_id
+from mmaas.audited import audit_of
 from mmaas.cli import run
 from mmaas.commands import chat
 from mmaas.commands.models import located, parse_replicas
@@ -81,6 +85,69 @@ def test_help_takes_few_times_the_work_of_an_empty_python() -> None:
 
     with_nothing, with_help = least_work("-c", "pass"), least_work("-m", "mmaas", "--help")
     assert with_help < 25 * with_nothing, f"{with_help:.3f} s of work against {with_nothing:.3f} s for an empty program"
+
+
+def test_acts_of_the_command_line_are_in_the_audit_log(capsys: pytest.CaptureFixture[str], tmp_path: Path, home: Path) -> None:
+    assert run(["keys", "create", "--tenant", "acme", "--name", "ci", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert run(["keys", "revoke", made["id"]]) == 0
+    capsys.readouterr()
+    assert run(["audit", "list", "--json"]) == 0
+    revoked, created = json.loads(capsys.readouterr().out)
+    assert (created["action"], created["target"], created["project"]) == ("api_key.created", made["id"], "acme")
+    assert (revoked["action"], revoked["target"], revoked["actor"]["kind"]) == ("api_key.deleted", made["id"], "session")
+    assert made["key"] not in (home / "mmaas.db").read_bytes().decode("latin-1")
+    assert run(["audit", "verify"]) == 0
+    assert "2 records" in capsys.readouterr().out
+
+
+def test_an_exported_log_is_proved_elsewhere_and_a_changed_one_is_not(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(["keys", "create"]) == 0
+    exported = tmp_path / "audit.jsonl"
+    assert run(["audit", "export", str(exported)]) == 0
+    key = re.search(r"--public-key ([0-9a-f]{64})", capsys.readouterr().out)
+    assert key
+    monkeypatch.setenv("MMAAS_HOME", str(tmp_path / "elsewhere"))
+    command = ["audit", "verify", str(exported), "--public-key", key[1]]
+    assert run(command) == 0
+    assert not (tmp_path / "elsewhere").exists()
+    exported.write_text(exported.read_text().replace("api_key.created", "api_key.updated"))
+    assert run(command) == 1
+    assert "the record was changed" in capsys.readouterr().out
+    assert run(["audit", "export", str(exported)]) == 1
+
+
+def test_a_log_that_was_cut_off_is_found_by_the_head_outside_of_the_database(
+    capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
+    assert run(["keys", "create"]) == 0
+    loaded = settings.load()
+    with opened_store(loaded) as store:
+        keep_head(audit_of(store, loaded), home / "audit" / "head.json")
+        store.downgrade("0004")
+    assert run(["audit", "verify"]) == 1
+    assert "cut off" in capsys.readouterr().out
+
+
+def test_consents_are_given_and_kept_calls_shown_and_forgotten(capsys: pytest.CaptureFixture[str], home: Path) -> None:
+    call = KeptCall(new_request_id(), 1.0, "acme", "k", "/v1/completions", "m", 200, True, '{"a": 1}', '{"b": 2}')
+    assert run(["kept", "allow", "acme", "--share", "0.5", "--days", "7", "--redaction", "contacts"]) == 0
+    KeptFiles(home / "kept").write([call])
+    assert run(["kept", "show", "acme", call.request_id]) == 0
+    assert json.loads(capsys.readouterr().out)["input"] == {"a": 1}
+    assert run(["kept", "show", "other", call.request_id]) == 1
+    assert run(["kept", "forget", "acme"]) == 0
+    assert run(["kept", "show", "acme", call.request_id]) == 1
+    capsys.readouterr()
+    assert run(["kept", "list", "--json"]) == 0
+    [consent] = json.loads(capsys.readouterr().out)
+    assert (consent["share"], consent["keep_s"], consent["redaction"]) == (0, 7 * 86400, "contacts")
+    assert run(["audit", "list", "--json"]) == 0
+    acts = [record["action"] for record in json.loads(capsys.readouterr().out)]
+    assert acts == ["kept_calls.forgotten", "project.updated", "kept_call.read", "project.updated"]
+    assert run(["kept", "allow", "acme", "--share", "0.5", "--redaction", "nothing"]) == 1
 
 
 def test_keys_are_made_listed_and_revoked(capsys: pytest.CaptureFixture[str]) -> None:

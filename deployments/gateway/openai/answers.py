@@ -213,3 +213,21 @@ def top_token(token: TokenLogprob | TopLogprob) -> TopToken:
 
 def finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
+
+
+class AuditLog(TypedDict):
+    """One act or denial; its details stand under the name of its type."""
+
+    id: str
+    type: str
+    effective_at: int
+    actor: dict[str, object]
+    project: NotRequired[dict[str, str]]
+
+
+class AuditLogs(TypedDict):
+    object: Literal["list"]
+    data: list[AuditLog]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool

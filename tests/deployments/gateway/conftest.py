@@ -48,7 +48,8 @@ def serving(
     app: ASGIApp | None = None,
     **options: object,
 ) -> Iterator[Server]:
-    """With accounts, keys are theirs, else those of a `KeyRing`. `wire`: how HTTP is spoken; `app`: served in the gateway's place."""
+    """With accounts, keys are theirs, else those of a `KeyRing`. `wire`: how HTTP is spoken; `app`: what is served in the
+    gateway's place."""
     models, keys = models or EchoModels(), KeyRing()
     verify = verify or (tenancy.accounts.keys.verify if tenancy.accounts else keys.verify)
     app = app or build_app(models, verify, GatewaySettings(**options), tenancy=tenancy, keepalive_s=keepalive_s)

@@ -23,7 +23,7 @@ from cluster.tenancy.rules import STALE_S
 from cluster.types import Adapter, Deployment, Generate, Message, Sampling, Usage
 from deployments.gateway import calls, limiting
 from deployments.gateway.entrance import Entrance
-from deployments.gateway.tenancy import Tenancy
+from deployments.gateway.tenancy import Tenancy, limits_of
 from tests.deployments.gateway.conftest import Server, eventually, serving
 from tests.deployments.gateway.test_specification import check
 from tests.fakes import ECHO, EchoModels, KeyRing, echo_chunks
@@ -48,9 +48,14 @@ def limited(store: Store) -> Iterator[Server]:
     with store.begin() as connection:
         for table in (rate_limits, model_permissions):
             connection.execute(table.delete())
-    tenancy = Tenancy.of(store, Accounts(store, b"pepper"), GatewaySettings())
+    tenancy = tenancy_over(store)
     with serving(tenancy=tenancy, verify=KeyRing().verify, cache_bytes=1 << 20) as server:
         yield server
+
+
+def tenancy_over(store: Store) -> Tenancy:
+    accounts = Accounts(store, b"pepper")
+    return Tenancy(accounts, limits_of(store, accounts, GatewaySettings()))
 
 
 def put(store: Store, *rows: RateLimit) -> None:
@@ -157,9 +162,7 @@ def test_who_hangs_up_pays_for_what_was_said(limited: Server, store: Store) -> N
 def test_handles_meet_the_same_limits(limited: Server, store: Store) -> None:
     put(store, RateLimit("acme", requests=2))
     keys = KeyRing()
-    entrance = Entrance.of(
-        EchoModels(), keys.verify, GatewaySettings(), Tenancy.of(store, Accounts(store, b"pepper"), GatewaySettings())
-    )
+    entrance = Entrance.of(EchoModels(), keys.verify, GatewaySettings(), tenancy_over(store))
 
     async def ask() -> list[Any]:
         return [part async for part in calls.call(entrance, KeyRing.USER, "chat.completions", HELLO)]
