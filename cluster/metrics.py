@@ -21,6 +21,7 @@ GATEWAY_LATENCY = Histogram("mmaas_gateway_request_seconds", "Time to the end of
 GATEWAY_INSIDE = Gauge("mmaas_gateway_requests_inside", "Requests that are being answered, over HTTP and handles")
 TOKENS_IN = Counter("mmaas_gateway_tokens_in_total", "Prompt tokens of finished calls", ("model",))
 TOKENS_OUT = Counter("mmaas_gateway_tokens_out_total", "Output tokens of finished calls", ("model",))
+ROWS = Counter("mmaas_gateway_rows_total", "Rows that tabular models answered for", ("model",))
 FIRST_TOKEN = Histogram("mmaas_gateway_first_token_seconds", "Arrival to first token", ("model",), buckets=_SECONDS)
 
 # The engine: counted in its own process, told by `LLM.stats`, and added up over a model's replicas by whoever shows them
@@ -49,6 +50,11 @@ ENGINE: Mapping[str, tuple[type[GaugeMetricFamily] | type[CounterMetricFamily], 
     "adapters": (GaugeMetricFamily, "mmaas_engine_adapters", "LoRA adapters that are loaded"),
     "adapter_loads": (CounterMetricFamily, "mmaas_engine_adapter_loads", "LoRA adapters loaded since the start"),
     "rows": (CounterMetricFamily, "mmaas_encoder_rows", "Inputs that an encoder has encoded"),
+    "predicted_rows": (
+        CounterMetricFamily,
+        "mmaas_predictor_rows",
+        "Rows that a tabular model has computed, long ones several times",
+    ),
     "waiting_tokens": (GaugeMetricFamily, "mmaas_encoder_waiting_tokens", "Tokens of inputs that wait for an encoder"),
 }
 

@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,6 +19,7 @@ from cluster.settings import GatewaySettings
 from deployments.gateway import answering, encoding, errors, exchange, limits, middleware
 from deployments.gateway.entrance import KEEPALIVE_S, Entrance
 from deployments.gateway.keys import Verify
+from deployments.gateway.oip import routes as oip
 from deployments.gateway.openai import models
 from deployments.gateway.openai.answers import ChatCompletion, Completion, ErrorResponse, Model, ModelList
 from deployments.gateway.openai.encoding import (
@@ -33,26 +32,11 @@ from deployments.gateway.openai.encoding import (
 )
 from deployments.gateway.openai.types import ChatRequest, CompletionRequest
 from deployments.gateway.responses import event_stream, json_response
+from deployments.gateway.schemas import takes
 from deployments.gateway.scopes import PUBLIC, ScopedRoute, public_paths, requires
 from deployments.router import Models, Word
 
 router = APIRouter(route_class=ScopedRoute, responses={"default": {"model": ErrorResponse}})
-
-
-def _takes(kind: type[BaseModel]) -> dict[str, Any]:
-    """A request body in the OpenAPI document. The body itself is read by `limits`, which FastAPI's reader can't replace."""
-    schema = kind.model_json_schema(ref_template="{model}")
-    parts = schema.pop("$defs", {})
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema, parts)}}}}
-
-
-def _inlined(schema: Any, parts: dict[str, Any]) -> Any:
-    """The schema with its named parts in their places; ours never contain themselves."""
-    if isinstance(schema, dict):
-        if "$ref" in schema:
-            return _inlined(parts[schema["$ref"]], parts)
-        return {key: _inlined(value, parts) for key, value in schema.items()}
-    return [_inlined(item, parts) for item in schema] if isinstance(schema, list) else schema
 
 
 @router.get("/health", tags=["operation"])
@@ -109,39 +93,42 @@ async def wake_up(request: Request, model: str) -> Response:
     return await tell(request, model, "wake")
 
 
-@router.post("/v1/chat/completions", tags=["chat"], response_model=ChatCompletion, openapi_extra=_takes(ChatRequest))
+@router.post("/v1/chat/completions", tags=["chat"], response_model=ChatCompletion, openapi_extra=takes(ChatRequest))
 @requires("inference")
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, at once or as a stream of server-sent events."""
     return await generate(request, "chat.completions")
 
 
-@router.post("/v1/completions", tags=["completions"], response_model=Completion, openapi_extra=_takes(CompletionRequest))
+@router.post("/v1/completions", tags=["completions"], response_model=Completion, openapi_extra=takes(CompletionRequest))
 @requires("inference")
 async def create_completion(request: Request) -> Response:
     """Continue one or several prompts, at once or as a stream of server-sent events."""
     return await generate(request, "completions")
 
 
-@router.post("/v1/embeddings", tags=["encoders"], response_model=EmbeddingList, openapi_extra=_takes(EmbeddingRequest))
+@router.post("/v1/embeddings", tags=["encoders"], response_model=EmbeddingList, openapi_extra=takes(EmbeddingRequest))
 @requires("inference")
 async def create_embeddings(request: Request) -> Response:
     """One vector for each text or list of token ids."""
     return await encode(request, "embeddings")
 
 
-@router.post("/v1/rerank", tags=["encoders"], response_model=Ranking, openapi_extra=_takes(RerankRequest))
+@router.post("/v1/rerank", tags=["encoders"], response_model=Ranking, openapi_extra=takes(RerankRequest))
 @requires("inference")
 async def rerank(request: Request) -> Response:
     """Documents by how well they answer a query, the best first."""
     return await encode(request, "rerank")
 
 
-@router.post("/v1/classify", tags=["encoders"], response_model=Classification, openapi_extra=_takes(ClassifyRequest))
+@router.post("/v1/classify", tags=["encoders"], response_model=Classification, openapi_extra=takes(ClassifyRequest))
 @requires("inference")
 async def classify(request: Request) -> Response:
     """The likeliest label of each text, and the probability of every label."""
     return await encode(request, "classify")
+
+
+router.routes.extend(oip.router.routes)
 
 
 async def encode(request: Request, operation: str) -> Response:

@@ -48,6 +48,7 @@ class Exchange:
     bytes_out: int = 0
     first_token_s: float | None = None
     usage: Usage | None = None
+    rows: int | None = None  # that a tabular model answered for
 
     @property
     def elapsed_s(self) -> float:
@@ -71,6 +72,8 @@ class Exchange:
         if self.usage is not None:
             metrics.TOKENS_IN.labels(self.model).inc(self.usage.prompt_tokens)
             metrics.TOKENS_OUT.labels(self.model).inc(self.usage.completion_tokens)
+        if self.rows is not None:
+            metrics.ROWS.labels(self.model).inc(self.rows)
         logger.info("request", extra={name: value for name, value in self._fields(route).items() if value is not None})
 
     def _fields(self, route: str | None) -> dict[str, object]:
@@ -86,6 +89,7 @@ class Exchange:
             "model": printable(self.model) if self.model else None,
             "prompt_tokens": self.usage.prompt_tokens if self.usage else None,
             "completion_tokens": self.usage.completion_tokens if self.usage else None,
+            "rows": self.rows,
             "first_token_ms": round(self.first_token_s * 1000, 3) if self.first_token_s is not None else None,
             "duration_ms": round(self.elapsed_s * 1000, 3),
             "bytes_out": self.bytes_out,

@@ -14,6 +14,7 @@ from cluster import metrics
 from cluster.errors import InvalidRequest, Overloaded, PayloadTooLarge
 from deployments.gateway import exchange, limits
 from deployments.gateway.keys import Keys, bearer
+from deployments.gateway.protocols import is_open_inference
 from deployments.gateway.stage import Stage
 
 CONTROL_HEADERS = frozenset(
@@ -82,7 +83,7 @@ class Admission(Stage):
 
 
 class Limits(Stage):
-    """What the head alone tells: exactly one Host, no encoded body, no body that announces itself as too long."""
+    """What the head alone tells: exactly one Host, no encoded body but under /v2, no body that announces itself as too long."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         super().__init__(app)
@@ -93,7 +94,7 @@ class Limits(Stage):
         headers = dict(scope["headers"])
         if names.count(b"host") != 1:
             raise InvalidRequest(f"A request needs exactly one Host header, not {names.count(b'host')}.")
-        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity" and not is_open_inference(scope["path"]):
             raise InvalidRequest("An encoded body is not accepted: send it without Content-Encoding.")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18:
