@@ -1,4 +1,4 @@
-"""A tabular model as a Serve deployment: one replica is one process with the model in it, which computes rows of many calls at once.
+"""A tabular model as a Serve deployment: one replica is one process with the model, which computes rows of many calls at once.
 
 It checks tensors against the model's signature, lets rows be computed among those of others, and makes tensors of what comes out.
 Reached through `router.py`.
@@ -40,9 +40,9 @@ INLINE_BYTES = 64 << 10
 class Predictor:
     """Serves one model directory."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]
         self, deployment: Deployment, directory: str, digest: str, version: str, secret: bytes, settings: Settings
-    ) -> None:  # type: ignore[misc]
+    ) -> None:
         ingress.bind_inside()
         logs.configure(settings.log_level)
         self._deployment, self._digest, self._version, self._secret = deployment, digest, version, secret

@@ -47,4 +47,4 @@ class Batcher:
 def checked(vectors: Floats) -> list[Floats | PlatformError]:
     """Each vector, or the error of the row that it is for."""
     wrong = PlatformError("the model gave numbers that are not finite", code="not_finite")
-    return [vector if fine else wrong for vector, fine in zip(vectors, np.isfinite(vectors).all(axis=1), strict=True)]
+    return [vector if fine else wrong for vector, fine in zip(vectors, np.isfinite(vectors).all(axis=1).tolist(), strict=True)]

@@ -43,7 +43,7 @@ def envelope(error: PlatformError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.public_code}}
 
 
-def encode(error: PlatformError, path: str) -> bytes:
+def encode(error: PlatformError, path: str = "") -> bytes:
     """The body in the form of the protocol that a path belongs to: the Open Inference Protocol's is one string."""
     return msgspec.json.encode({"error": error.message} if is_open_inference(path) else envelope(error))
 

@@ -75,8 +75,8 @@ def inspect(directory: str | Path) -> PredictorInfo:
     flavor = _mapping(described, "flavors", "sklearn")
     if flavor.get("serialization_format") != "skops":
         raise ModelNotServable(
-            f"the model is saved as {str(flavor.get('serialization_format'))!r:.40}, which can run code when it is loaded; save it with"
-            ' mlflow.sklearn.save_model(..., serialization_format="skops")'
+            f"the model is saved as {str(flavor.get('serialization_format'))!r:.40}, which can run code when it is loaded; save it"
+            ' with mlflow.sklearn.save_model(..., serialization_format="skops")'
         )
     if flavor.get("code") is not None:
         raise ModelNotServable("the model brings code of its own, which is never run; save it without code_paths")

@@ -1,7 +1,7 @@
 """From an admitted directory to a model that computes blocks of rows.
 
-Only what `skops_file.py` lists is made, and trees are checked before one is followed. A step that fails is tried again block by block,
-so that what the library refuses is the error of whoever sent it.
+Only what `skops_file.py` lists is made, and trees are checked before one is followed. A step that fails is tried again block by
+block, so that what the library refuses is the error of whoever sent it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Decision trees whose nodes lead anywhere but down are refused: scikit-learn follows a tree's indices without looking.
 
-A tree that was trained has every child behind its parent, inside of the tree, and compares features that its rows have. A file may say
-otherwise, and predicting with it would read other memory or never end.
+A tree that was trained has every child behind its parent, inside of the tree, and compares features that its rows have. A file may
+say otherwise, and predicting with it would read other memory or never end.
 """
 
 from __future__ import annotations

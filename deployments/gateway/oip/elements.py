@@ -49,13 +49,9 @@ def _flat(name: str, data: list[Any], shape: tuple[int, ...]) -> list[Any]:
         return data
     for size in shape[:-1]:
         if len(data) != size or any(type(part) is not list for part in data):
-            break
-        data, count = [element for part in data for element in part], len(data)
-        if len(data) > count * max(shape):  # longer than any level may be: no need to look on
-            break
-    else:
-        return data
-    raise InvalidRequest(f"The input {name!r} is nested in another way than its shape {list(shape)} says.", param="inputs")
+            raise InvalidRequest(f"The input {name!r} is nested in another way than its shape {list(shape)} says.", param="inputs")
+        data = [element for part in data for element in part]
+    return data
 
 
 def _wrong(name: str, datatype: str, wanted: str) -> InvalidRequest:

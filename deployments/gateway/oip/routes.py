@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fastapi import APIRouter
@@ -16,7 +17,7 @@ from deployments.gateway.entrance import Entrance
 from deployments.gateway.oip import models, wire
 from deployments.gateway.oip.infer import InferCall
 from deployments.gateway.oip.types import IndexRequest, InferRequest, LoadRequest
-from deployments.gateway.openai.bounded import Bounded
+from deployments.gateway.oip.wire import Body
 from deployments.gateway.openai.types import parse
 from deployments.gateway.responses import json_response
 from deployments.gateway.schemas import takes
@@ -26,7 +27,7 @@ from deployments.router import Word
 TAGS: list[Any] = ["open inference protocol"]
 MODEL, VERSION = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
 
-Asked = TypeVar("Asked", bound=Bounded)
+Made = TypeVar("Made")
 
 
 class Failure(TypedDict):
@@ -131,11 +132,11 @@ async def _tell(request: Request, model: str, word: Word) -> Response:
     return json_response({})
 
 
-async def _read(request: Request, made: Any) -> Any:
+async def _read(request: Request, made: Callable[[Body], Made]) -> Made:
     """What `made` makes of the body, beside the event loop for a long one. A packed one may become long."""
     notes, bounds = exchange.of(request.scope), _entrance(request).settings
 
-    def work() -> Any:
+    def work() -> Made:
         body = wire.read(notes.body, request.headers, max_bytes=bounds.max_body_bytes, max_depth=bounds.max_json_depth)
         return made(body)
 

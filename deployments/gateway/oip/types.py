@@ -1,4 +1,4 @@
-"""Requests of the Open Inference Protocol as strict, bounded types (specification of KServe, with Triton's binary tensor extension).
+"""Requests of the Open Inference Protocol as strict, bounded types (KServe's specification, Triton's binary tensor extension).
 
 Unknown fields and parameters are ignored; Triton's that would change the answer, and that aren't here, are refused by name.
 """

@@ -1,7 +1,7 @@
-"""Bodies of the Open Inference Protocol: a JSON object, with Triton's extension raw tensors behind it, perhaps compressed as a whole.
+"""Bodies of the Open Inference Protocol: a JSON object, with Triton's extension raw tensors behind it, all perhaps compressed.
 
-The header `Inference-Header-Content-Length` has the length of the JSON before compression; without it a body is all JSON. What kind a
-body is, is never told by its content type, which tritonclient doesn't send.
+The header `Inference-Header-Content-Length` has the length of the JSON before compression; without it a body is all JSON. What kind
+a body is, is never told by its content type, which tritonclient doesn't send.
 """
 
 from __future__ import annotations
