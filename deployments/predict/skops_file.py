@@ -57,6 +57,7 @@ ESTIMATORS = frozenset(
         "sklearn.preprocessing._discretization.KBinsDiscretizer",
         "sklearn.preprocessing._encoders.OneHotEncoder",
         "sklearn.preprocessing._encoders.OrdinalEncoder",
+        "sklearn.preprocessing._function_transformer.FunctionTransformer",  # of columns passed through: it can hold no function
         "sklearn.preprocessing._label.LabelBinarizer",
         "sklearn.preprocessing._label.LabelEncoder",
         "sklearn.preprocessing._polynomial.PolynomialFeatures",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from cluster.errors import PlatformError
-from cluster.types import Tensor
+from cluster.settings import Settings
+from cluster.types import Deployment, Predict, Predicted, Tensor
 from deployments.predict.tensors import DTYPES, packed
+from deployments.predictor import Predictor
+from tests.fakes import EchoModels
 
 FLOWERS, KINDS = load_iris(return_X_y=True)
 NAMES = load_iris().target_names[KINDS]
@@ -96,3 +102,52 @@ def right(result: Any) -> Any:
     """A block's results, which must not be an error."""
     assert not isinstance(result, PlatformError), result
     return result
+
+
+async def replica(directory: Path, name: str = "iris", version: str = "3", **own: Any) -> Predictor:
+    """A replica as Serve makes it, without Serve."""
+    made: Predictor = object.__new__(Predictor)
+    made._deployment, made._digest, made._version, made._secret = Deployment(name, str(directory)), "digest", version, b"secret"
+    made._directory, made._settings = directory, Settings(predictor=own)
+    await made.start()
+    return made
+
+
+async def answer(made: Predictor, *tensors: Tensor, **more: Any) -> Predicted:
+    async with aclosing(made.predict(Predict("r", more.pop("tenant", "acme"), tensors, **more))) as answers:
+        return await anext(answers)
+
+
+class TableModels(EchoModels):
+    """`Models` with tabular models beside `echo`. Replicas begin with their first call, on the loop of whoever calls."""
+
+    def __init__(self, **directories: Path) -> None:
+        super().__init__()
+        self.deployments += [Deployment(name, str(path)) for name, path in directories.items()]
+        self.directories, self.replicas = directories, dict[str, Predictor]()
+        self.opening = asyncio.Lock()
+
+    async def replica(self, name: str) -> Predictor | None:
+        async with self.opening:
+            if name in self.directories and name not in self.replicas:
+                self.replicas[name] = await replica(self.directories[name], name)
+            return self.replicas.get(name)
+
+    async def info(self, name: str) -> Mapping[str, Any]:
+        known = await super().info(name)
+        made = await self.replica(name)
+        return await made.info() if made else known
+
+    async def asleep(self) -> list[str]:
+        return [*await super().asleep(), *[name for name, made in self.replicas.items() if (await made.info())["asleep"]]]
+
+    async def tell(self, name: str, word: str) -> None:
+        made = await self.replica(name)
+        await (getattr(made, word)() if made else super().tell(name, word))
+
+    async def predict(self, name: str, request: Predict) -> Predicted:
+        made = await self.replica(name)
+        if made is None:
+            return await super().predict(name, request)
+        async with aclosing(made.predict(request)) as answers:
+            return await anext(answers)
