@@ -98,9 +98,8 @@ class Predictor:
     async def stats(self) -> dict[str, Any]:
         """The batches' counters; `predicted` rows count what they cost."""
         counts = self._batches.stats
-        counts["predicted_rows"] = counts.pop("tokens")
-        del counts["rows"]  # blocks, which nobody else knows
-        return counts | {"asleep": int(self._table is None)}
+        told = {name: counts[name] for name in ("steps", "busy_s", "aborted", "streams", "waiting")}
+        return {**told, "predicted_rows": counts["tokens"], "asleep": int(self._table is None)}
 
     async def sleep(self) -> None:
         """Give the model's memory back until the next call."""

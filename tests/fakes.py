@@ -322,6 +322,9 @@ class FakePlatform(Platform):
         self.steps.append("register")
         return self.has_package
 
+    def register_table(self, settings: Settings) -> None:
+        self.steps.append("table")
+
     def is_serving(self, settings: Settings, names: list[str]) -> bool:
         return self.applied > 0
 

@@ -11,11 +11,10 @@ import pytest
 from cluster.errors import InvalidRequest, ModelNotSupported, NotFound, Overloaded
 from cluster.types import Encode, Generate
 from deployments.predict.tensors import array_of
-from tests.deployments.predict.conftest import forest, iris, people  # noqa: F401 - fixtures
 from tests.deployments.predict.tables import FLOWERS, answer, flowers, irises, replica, tensor
 
 
-async def test_everybody_gets_the_answers_to_its_own_rows(iris: Path) -> None:  # noqa: F811
+async def test_everybody_gets_the_answers_to_its_own_rows(iris: Path) -> None:
     made, model = await replica(iris), irises()
     sizes = [1, 3, 300, 2, 1000, 7] * 5
     asked = [FLOWERS[np.arange(start, start + size) % 150] for start, size in enumerate(sizes)]
@@ -32,7 +31,7 @@ async def test_everybody_gets_the_answers_to_its_own_rows(iris: Path) -> None:  
     await made.close()
 
 
-async def test_outputs_come_as_asked_for(iris: Path) -> None:  # noqa: F811
+async def test_outputs_come_as_asked_for(iris: Path) -> None:
     made = await replica(iris)
     found = await answer(made, flowers(), outputs=("predict_proba", "predict"))
     assert [tensor.name for tensor in found.outputs] == ["predict_proba", "predict"]
@@ -41,7 +40,7 @@ async def test_outputs_come_as_asked_for(iris: Path) -> None:  # noqa: F811
     await made.close()
 
 
-async def test_another_version_is_not_there(iris: Path) -> None:  # noqa: F811
+async def test_another_version_is_not_there(iris: Path) -> None:
     made = await replica(iris)
     assert (await answer(made, flowers(), version="3")).rows == 3
     with pytest.raises(NotFound, match="version 3"):
@@ -49,7 +48,7 @@ async def test_another_version_is_not_there(iris: Path) -> None:  # noqa: F811
     await made.close()
 
 
-async def test_asleep_it_holds_no_model_and_a_call_wakes_it(iris: Path) -> None:  # noqa: F811
+async def test_asleep_it_holds_no_model_and_a_call_wakes_it(iris: Path) -> None:
     made = await replica(iris)
     await made.sleep()
     assert made._table is None
@@ -62,7 +61,7 @@ async def test_asleep_it_holds_no_model_and_a_call_wakes_it(iris: Path) -> None:
     await made.close()
 
 
-async def test_what_others_are_for_is_refused_with_the_right_call(iris: Path) -> None:  # noqa: F811
+async def test_what_others_are_for_is_refused_with_the_right_call(iris: Path) -> None:
     made = await replica(iris)
     with pytest.raises(ModelNotSupported, match="/v2/models/iris/infer"):
         await anext(made.generate(Generate("r", "t", prompt="x")))
@@ -71,7 +70,7 @@ async def test_what_others_are_for_is_refused_with_the_right_call(iris: Path) ->
     await made.close()
 
 
-async def test_more_than_the_queue_holds_is_told_to_come_back(iris: Path) -> None:  # noqa: F811
+async def test_more_than_the_queue_holds_is_told_to_come_back(iris: Path) -> None:
     made = await replica(iris, max_queued_rows=1000)
     rows = tensor("input-0", "FP64", np.tile(FLOWERS, (6, 1)))
     found = await asyncio.gather(*(answer(made, rows) for _ in range(8)), return_exceptions=True)
@@ -82,7 +81,7 @@ async def test_more_than_the_queue_holds_is_told_to_come_back(iris: Path) -> Non
     await made.close()
 
 
-async def test_who_leaves_takes_its_rows_along(iris: Path) -> None:  # noqa: F811
+async def test_who_leaves_takes_its_rows_along(iris: Path) -> None:
     made = await replica(iris)
     bulk = asyncio.ensure_future(answer(made, tensor("input-0", "FP64", np.tile(FLOWERS, (400, 1)))))
     async with asyncio.timeout(10):

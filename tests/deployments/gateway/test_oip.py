@@ -26,7 +26,6 @@ from deployments.gateway import calls
 from deployments.gateway.oip import wire
 from deployments.gateway.oip.routes import router
 from tests.deployments.gateway.conftest import Server, eventually, serving
-from tests.deployments.predict.conftest import forest, iris, people  # noqa: F401 - fixtures
 from tests.deployments.predict.tables import FLOWERS, NAMES, PEOPLE, TableModels
 from tests.fakes import KeyRing
 
@@ -38,7 +37,7 @@ GOOD = {"inputs": [{"name": "input-0", "shape": [2, 4], "datatype": "FP64", "dat
 
 
 @pytest.fixture(scope="module")
-def tables(iris: Path, people: Path) -> Iterator[Server]:  # noqa: F811
+def tables(iris: Path, people: Path) -> Iterator[Server]:
     with serving(TableModels(iris=iris, people=people)) as server:
         yield server
 
@@ -447,7 +446,7 @@ def test_no_bytes_are_a_fault_of_ours(http: httpx.Client, raw: bytes, length: in
     error_of(http.post(INFER, content=raw, headers=headers))
 
 
-async def test_the_same_over_a_handle(tables: Server, iris: Path) -> None:  # noqa: F811
+async def test_the_same_over_a_handle(tables: Server, iris: Path) -> None:
     from cluster.settings import GatewaySettings
     from deployments.gateway.entrance import Entrance
 
