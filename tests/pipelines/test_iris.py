@@ -21,12 +21,16 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(home=tmp_path / "home", mlflow={"tracking_uri": f"sqlite:///{tmp_path / 'mlflow.db'}"})
 
 
+def names(directory: str) -> set[str]:
+    return {path.name for path in Path(directory).rglob("*")}
+
+
 async def test_from_nothing_to_a_registered_model_that_answers(settings: Settings) -> None:
     version = iris.register(settings)
     assert version.aliases == ("champion",)
     assert float(version.tags["held_out_accuracy"]) > 0.9
     assert version.tags["format"] == "skops"
-    assert not [path for path in Path(version.path).rglob("*") if path.suffix in {".pkl", ".pickle", ".joblib"}]
+    assert names(version.path) == {"MLmodel", "conda.yaml", "model.skops", "python_env.yaml", "requirements.txt"}, "and no pickle"
     target = find(Deployment("iris", str(iris.MODEL)), settings)
     assert (target.kind, target.version, target.frame) == ("predictor", "1", "")
     made = await replica(target.directory, version=target.version)
