@@ -53,7 +53,7 @@ ENGINE: Mapping[str, tuple[type[GaugeMetricFamily] | type[CounterMetricFamily], 
     "predicted_rows": (
         CounterMetricFamily,
         "mmaas_predictor_rows",
-        "Rows that a tabular model has computed",
+        "Rows that a tabular model has answered for",
     ),
     "waiting_tokens": (GaugeMetricFamily, "mmaas_encoder_waiting_tokens", "Tokens of inputs that wait for an encoder"),
 }

@@ -51,7 +51,7 @@ class Predictor:
 
     async def start(self) -> None:
         """Load the model and begin to take calls. Raises ModelNotServable."""
-        own = self._settings.predictor
+        own, self._num_rows = self._settings.predictor, 0
         self._info = inspect(self._directory)
         self._table: Table | None = await asyncio.to_thread(self._load)
         self._signature = self._table.signature
@@ -70,7 +70,9 @@ class Predictor:
         blocks = await _done(is_long, self._signature.blocks, call.inputs, wanted)
         results = await self._batches.submit(self._opaque(call.tenant), blocks)
         outputs = await _done(is_long, self._signature.tensors, wanted, results)
-        yield Predicted(outputs, sum(block.num_rows for block in blocks), self._version)
+        num_rows = sum(block.num_rows for block in blocks)
+        self._num_rows += num_rows
+        yield Predicted(outputs, num_rows, self._version)
 
     async def generate(self, call: Generate) -> AsyncIterator[Chunk]:
         """Raises ModelNotSupported: this is no language model."""
@@ -96,10 +98,10 @@ class Predictor:
         }
 
     async def stats(self) -> dict[str, Any]:
-        """The batches' counters; `predicted` rows count what they cost."""
+        """The batches' counters, and the rows of answered calls."""
         counts = self._batches.stats
         told = {name: counts[name] for name in ("steps", "busy_s", "aborted", "streams", "waiting")}
-        return {**told, "predicted_rows": counts["tokens"], "asleep": int(self._table is None)}
+        return {**told, "predicted_rows": self._num_rows, "asleep": int(self._table is None)}
 
     async def sleep(self) -> None:
         """Give the model's memory back until the next call."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.errors import NotFound
 from cluster.types import Deployment, ModelRef
+from deployments.gateway.openai.models import find
 from deployments.router import Models
 
 EXTENSIONS = ["binary_tensor_data", "model_repository", "model_repository(unload_dependents)"]
@@ -68,8 +69,6 @@ async def _info(models: Models, name: str, version: str | None) -> Mapping[str, 
 
 async def _deployment(models: Models, name: str) -> Deployment:
     """Of BASE:ADAPTER its base's. Raises ModelNotFound."""
-    from deployments.gateway.openai.models import find
-
     served = await models.list()
     found = find(served, await models.adapters(), name)
     return found if isinstance(found, Deployment) else next(one for one in served if one.name == found.base)
