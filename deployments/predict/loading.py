@@ -76,7 +76,7 @@ def load(directory: Path, info: PredictorInfo) -> Table:
     file = directory / info.file
     skops_file.check(file)
     try:
-        model = skops.io.load(file, trusted=[skops_file.TREE])
+        model = skops.io.load(file, trusted=skops_file.TRUSTED)
     except Exception as error:
         raise ModelNotServable(f"{info.file} can't be loaded: {str(error)[:300]}") from error
     trees.check(model)

@@ -72,6 +72,9 @@ ESTIMATORS = frozenset(
 TREE = "sklearn.tree._tree.Tree"
 """Its indices are followed without a check, so `trees.py` checks them; skops leaves that to whoever loads."""
 
+TRUSTED = [TREE, "numpy.dtype"]
+"""What skops doesn't trust by itself, and is checked here and there."""
+
 _OF_A_KIND: dict[str, frozenset[str]] = {
     "ObjectNode": ESTIMATORS,
     "TreeNode": frozenset({TREE}),

@@ -1,4 +1,4 @@
-"""The first tabular model on the running platform, with Triton's client through HAProxy: from the library to an answer, and unloaded."""
+"""The first tabular model on the running platform, with Triton's client through HAProxy: from the library to an answer."""
 
 from __future__ import annotations
 

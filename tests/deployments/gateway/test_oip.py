@@ -30,6 +30,7 @@ from tests.deployments.predict.tables import FLOWERS, NAMES, PEOPLE, TableModels
 from tests.fakes import KeyRing
 
 SPECIFICATION = yaml.safe_load((Path(__file__).parents[2] / "data" / "open_inference_rest.yaml").read_text())
+# Copied for every call: tritonclient writes its own headers into those that it gets.
 AUTH = {"Authorization": f"Bearer {KeyRing.USER}"}
 ADMIN = {"Authorization": f"Bearer {KeyRing.ADMIN}"}
 INFER = "/v2/models/iris/infer"
@@ -103,7 +104,7 @@ def test_tritonclient_gets_its_answer_however_it_travels(
         request_id="mine",
         request_compression_algorithm=coding_in,
         response_compression_algorithm=coding_out,
-        headers=AUTH,
+        headers={**AUTH},
     )
     labels = [label.decode() if binary else label for label in found.as_numpy("predict")]
     assert np.mean(np.array(labels) == NAMES) > 0.95
@@ -115,13 +116,13 @@ def test_tritonclient_gets_its_answer_however_it_travels(
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_columns_of_texts_numbers_and_truths(client: triton.InferenceServerClient, binary: bool) -> None:
-    found = client.infer("people", people_inputs(binary=binary), headers=AUTH).as_numpy("predict")
+    found = client.infer("people", people_inputs(binary=binary), headers={**AUTH}).as_numpy("predict")
     assert (found.dtype, found.shape) == (np.float64, (6,))
 
 
 def test_each_output_says_for_itself_how_it_comes(client: triton.InferenceServerClient) -> None:
     outputs = [triton.InferRequestedOutput("predict_proba", True), triton.InferRequestedOutput("predict", False)]
-    found = client.infer("iris", [flowers(FLOWERS.astype(np.float32))], outputs=outputs, headers=AUTH)
+    found = client.infer("iris", [flowers(FLOWERS.astype(np.float32))], outputs=outputs, headers={**AUTH})
     assert [one["name"] for one in found.get_response()["outputs"]] == ["predict_proba", "predict"]
     assert "data" in found.get_output("predict")
     assert found.as_numpy("predict_proba").shape == (150, 3)
@@ -129,7 +130,7 @@ def test_each_output_says_for_itself_how_it_comes(client: triton.InferenceServer
 
 def test_many_calls_at_once(client: triton.InferenceServerClient, tables: Server) -> None:
     with triton.InferenceServerClient(tables.url.removeprefix("http://"), concurrency=8) as many:
-        calls = [many.async_infer("iris", [flowers(FLOWERS[n : n + 5])], headers=AUTH) for n in range(60)]
+        calls = [many.async_infer("iris", [flowers(FLOWERS[n : n + 5])], headers={**AUTH}) for n in range(60)]
         for n, call in enumerate(calls):
             found = [label.decode() for label in call.get_result().as_numpy("predict")]
             assert len(found) == 5
@@ -139,57 +140,57 @@ def test_many_calls_at_once(client: triton.InferenceServerClient, tables: Server
 def test_tritonclient_sees_server_and_models(client: triton.InferenceServerClient) -> None:
     assert client.is_server_live()
     assert client.is_server_ready()
-    server = conforms(client.get_server_metadata(headers=AUTH), "metadata_server_response")
+    server = conforms(client.get_server_metadata(headers={**AUTH}), "metadata_server_response")
     assert "binary_tensor_data" in server["extensions"]
-    card = conforms(client.get_model_metadata("iris", headers=AUTH), "metadata_model_response")
+    card = conforms(client.get_model_metadata("iris", headers={**AUTH}), "metadata_model_response")
     assert card["inputs"] == [{"name": "input-0", "datatype": "FP64", "shape": [-1, 4]}]
     assert [one["name"] for one in card["outputs"]] == ["predict", "predict_proba"]
     assert (card["versions"], card["platform"]) == (["3"], "sklearn_skops")
-    assert client.get_model_metadata("iris", "3", headers=AUTH) == card
-    columns = client.get_model_metadata("people", headers=AUTH)["inputs"]
+    assert client.get_model_metadata("iris", "3", headers={**AUTH}) == card
+    columns = client.get_model_metadata("people", headers={**AUTH})["inputs"]
     assert [one["datatype"] for one in columns] == ["FP64", "BYTES", "INT64", "BOOL"]
-    assert client.is_model_ready("iris", headers=AUTH)
-    assert client.is_model_ready("iris", "3", headers=AUTH)
-    assert not client.is_model_ready("iris", "4", headers=AUTH)
-    assert not client.is_model_ready("nobody", headers=AUTH)
+    assert client.is_model_ready("iris", headers={**AUTH})
+    assert client.is_model_ready("iris", "3", headers={**AUTH})
+    assert not client.is_model_ready("iris", "4", headers={**AUTH})
+    assert not client.is_model_ready("nobody", headers={**AUTH})
     for call in (client.get_model_metadata, lambda *a, **k: client.infer(a[0], [flowers()], a[1], **k)):
         with pytest.raises(InferenceServerException, match="version 3") as absent:
-            call("iris", "4", headers=AUTH)
+            call("iris", "4", headers={**AUTH})
         assert absent.value.status() == "404"
 
 
 def test_language_models_are_listed_and_refuse_tensors_by_name(client: triton.InferenceServerClient, tables: Server) -> None:
-    card = conforms(client.get_model_metadata("echo", headers=AUTH), "metadata_model_response")
+    card = conforms(client.get_model_metadata("echo", headers={**AUTH}), "metadata_model_response")
     assert card == {"name": "echo", "versions": ["1"], "platform": "mmaas_llm", "inputs": [], "outputs": []}
-    assert client.is_model_ready("echo", headers=AUTH)
+    assert client.is_model_ready("echo", headers={**AUTH})
     with pytest.raises(InferenceServerException, match="language model"):
-        client.infer("echo", [flowers()], headers=AUTH)
+        client.infer("echo", [flowers()], headers={**AUTH})
     tables.models.adapted = [Adapter("echo", "german", "0" * 64)]
-    assert client.get_model_metadata("echo:german", headers=AUTH)["name"] == "echo:german"
+    assert client.get_model_metadata("echo:german", headers={**AUTH})["name"] == "echo:german"
     tables.models.adapted = []
 
 
 def test_the_repository_is_listed_loaded_and_unloaded(client: triton.InferenceServerClient, http: httpx.Client) -> None:
     ready = {"name": "iris", "version": "3", "state": "READY", "reason": ""}
-    assert ready in client.get_model_repository_index(headers=AUTH)
+    assert ready in client.get_model_repository_index(headers={**AUTH})
     with pytest.raises(InferenceServerException, match="scope"):
-        client.unload_model("iris", headers=AUTH)
-    client.unload_model("iris", headers=ADMIN)
-    assert not client.is_model_ready("iris", headers=AUTH)
-    (unloaded,) = [one for one in client.get_model_repository_index(headers=AUTH) if one["name"] == "iris"]
+        client.unload_model("iris", headers={**AUTH})
+    client.unload_model("iris", headers={**ADMIN})
+    assert not client.is_model_ready("iris", headers={**AUTH})
+    (unloaded,) = [one for one in client.get_model_repository_index(headers={**AUTH}) if one["name"] == "iris"]
     assert unloaded["state"] == "UNAVAILABLE"
     assert unloaded["reason"].startswith("unloaded")
     only = http.post("/v2/repository/index", json={"ready": True}).json()
     assert "iris" not in [one["name"] for one in only]
-    client.load_model("iris", headers=ADMIN)
-    assert client.is_model_ready("iris", headers=AUTH)
-    client.unload_model("iris", headers=ADMIN)
-    assert client.infer("iris", [flowers()], headers=AUTH).as_numpy("predict").shape == (150,), "a call loads it"
+    client.load_model("iris", headers={**ADMIN})
+    assert client.is_model_ready("iris", headers={**AUTH})
+    client.unload_model("iris", headers={**ADMIN})
+    assert client.infer("iris", [flowers()], headers={**AUTH}).as_numpy("predict").shape == (150,), "a call loads it"
     for wrong in ({"config": "{}"}, {"files": {"file:1/model.skops": b"x"}}):
         with pytest.raises(InferenceServerException, match="can't be sent"):
-            client.load_model("iris", headers=ADMIN, **wrong)
+            client.load_model("iris", headers={**ADMIN}, **wrong)
     with pytest.raises(InferenceServerException, match="nobody"):
-        client.load_model("nobody", headers=ADMIN)
+        client.load_model("nobody", headers={**ADMIN})
 
 
 def test_health_is_told_in_words_too(tables: Server) -> None:

@@ -129,7 +129,7 @@ def test_numbers_too_large_for_the_model_are_a_refusal(iris: Path) -> None:
 
 
 def test_missing_numbers_are_taken_where_the_model_fills_them(tmp_path: Path) -> None:
-    table = loaded(tables.saved(tables.filled(), FLOWERS, tmp_path / "filled"))
+    table = loaded(tables.saved(tables.filled(), FLOWERS, tmp_path / "filled", trusted=skops_file.TRUSTED))
     holes = FLOWERS[:3].copy()
     holes[1, 2] = np.nan
     np.testing.assert_array_equal(answers(table, tensor("input-0", "FP64", holes))["predict"], tables.filled().predict(holes))
