@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from cluster.errors import PlatformError
 from deployments.batching.batches import Batches
@@ -47,4 +48,5 @@ class Batcher:
 def checked(vectors: Floats) -> list[Floats | PlatformError]:
     """Each vector, or the error of the row that it is for."""
     wrong = PlatformError("the model gave numbers that are not finite", code="not_finite")
-    return [vector if fine else wrong for vector, fine in zip(vectors, np.isfinite(vectors).all(axis=1).tolist(), strict=True)]
+    fine: npt.NDArray[np.bool_] = np.all(np.isfinite(vectors), axis=1)
+    return [vector if whole else wrong for vector, whole in zip(vectors, fine.tolist(), strict=True)]
