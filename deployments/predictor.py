@@ -37,6 +37,10 @@ INLINE_BYTES = 64 << 10
 """A call of more is read and answered beside the event loop."""
 
 
+FIRST_GUESS = 100_000.0
+"""Rows a second, before anything was measured."""
+
+
 class Predictor:
     """Serves one model directory."""
 
@@ -56,7 +60,7 @@ class Predictor:
         self._table: Table | None = await asyncio.to_thread(self._load)
         self._signature = self._table.signature
         self._batches = Batches[Block, Results](
-            self._run, target_s=own.step_target_ms / 1000, limit=own.max_queued_rows, name="predictor"
+            self._run, target_s=own.step_target_ms / 1000, limit=own.max_queued_rows, name="predictor", speed=FIRST_GUESS
         )
         log.info("predictor ready", extra={"model": self._deployment.name, "version": self._version})
 

@@ -42,16 +42,22 @@ class Batches(Generic[Row, Result]):
     """Must be made on the event loop where it is used."""
 
     def __init__(
-        self, run: Callable[[Sequence[Row]], Sequence[Result | PlatformError]], *, target_s: float, limit: int, name: str
+        self,
+        run: Callable[[Sequence[Row]], Sequence[Result | PlatformError]],
+        *,
+        target_s: float,
+        limit: int,
+        name: str,
+        speed: float = FIRST_GUESS,
     ) -> None:
         """`run` gets the rows of one step, in a thread of its own that is called `name`, and gives a result for each, or the error
-        that its call gets; `limit` is in tokens."""
+        that its call gets; `limit` is in tokens, `speed` a first guess of how many a second it takes."""
         self._run, self._target_s, self._name = run, target_s, name
         self._lines = Lines(limit)
         self._answers: dict[Call, Answer] = {}
         self._work = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._speed = FIRST_GUESS
+        self._speed = speed
         self._began: float | None = None
         self._counts = {"steps": 0, "rows": 0, "tokens": 0, "aborted": 0, "busy_s": 0.0}
         self._loop = asyncio.get_running_loop().create_task(self._serve())

@@ -34,8 +34,7 @@ class Table:
 
     def __init__(self, model: Any, info: PredictorInfo) -> None:
         self._model, self._info = model, info
-        takes_nan = bool(model.__sklearn_tags__().input_tags.allow_nan)
-        self.signature = Signature(info.inputs, info.by_column, _outputs(model, info), takes_nan)
+        self.signature = Signature(info.inputs, info.by_column, _outputs(model, info), _takes_nan(model))
 
     def run(self, blocks: Sequence[Block]) -> list[Results | PlatformError]:
         """What each block gets."""
@@ -84,6 +83,15 @@ def load(directory: Path, info: PredictorInfo) -> Table:
     if not hasattr(model, "predict") or getattr(model, "n_features_in_", num_columns) != num_columns:
         raise ModelNotServable(f"the model predicts nothing, or takes other than the {num_columns} columns of its signature")
     return Table(model, info)
+
+
+def _takes_nan(model: Any) -> bool:
+    """Whether it may: of a pipeline its first step tells, of a transformer of columns any of its parts."""
+    first = model.steps[0][1] if hasattr(model, "steps") else None
+    if hasattr(first, "__sklearn_tags__"):
+        return _takes_nan(first)
+    parts = [part for _, part, *_ in getattr(model, "transformers_", []) if hasattr(part, "__sklearn_tags__")]
+    return any(map(_takes_nan, parts)) or bool(model.__sklearn_tags__().input_tags.allow_nan)
 
 
 def _outputs(model: Any, info: PredictorInfo) -> tuple[TensorSpec, ...]:
