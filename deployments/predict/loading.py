@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 Results = Mapping[str, Array]
 
+Fate = Literal["filled", "passed", "refused"]
+_FILLERS = frozenset({"SimpleImputer", "OneHotEncoder"})
+
 _CALLERS_FAULT = (ValueError, TypeError, ArithmeticError, LookupError)
 """What scikit-learn raises for values that it can't take: a category that it never saw, a number too large."""
 
@@ -34,7 +37,7 @@ class Table:
 
     def __init__(self, model: Any, info: PredictorInfo) -> None:
         self._model, self._info = model, info
-        self.signature = Signature(info.inputs, info.by_column, _outputs(model, info), _takes_nan(model))
+        self.signature = Signature(info.inputs, info.by_column, _outputs(model, info), _fate_of_nan(model) != "refused")
 
     def run(self, blocks: Sequence[Block]) -> list[Results | PlatformError]:
         """What each block gets."""
@@ -85,13 +88,17 @@ def load(directory: Path, info: PredictorInfo) -> Table:
     return Table(model, info)
 
 
-def _takes_nan(model: Any) -> bool:
-    """Whether it may: of a pipeline its first step tells, of a transformer of columns any of its parts."""
-    first = model.steps[0][1] if hasattr(model, "steps") else None
-    if hasattr(first, "__sklearn_tags__"):
-        return _takes_nan(first)
-    parts = [part for _, part, *_ in getattr(model, "transformers_", []) if hasattr(part, "__sklearn_tags__")]
-    return any(map(_takes_nan, parts)) or bool(model.__sklearn_tags__().input_tags.allow_nan)
+def _fate_of_nan(model: Any) -> Fate:
+    """What becomes of a missing number in it: a gap that is filled, one that is passed on, or a refusal."""
+    if type(model).__name__ in _FILLERS:
+        return "filled"
+    if hasattr(model, "steps"):
+        fates = [_fate_of_nan(step) for _, step in model.steps if hasattr(step, "__sklearn_tags__")]
+        return next((fate for fate in fates if fate != "passed"), "passed")
+    if hasattr(model, "transformers_"):
+        fates = [_fate_of_nan(part) for _, part, *_ in model.transformers_ if hasattr(part, "__sklearn_tags__")]
+        return next((fate for fate in ("filled", "passed") if fate in fates), "refused")
+    return "passed" if model.__sklearn_tags__().input_tags.allow_nan else "refused"
 
 
 def _outputs(model: Any, info: PredictorInfo) -> tuple[TensorSpec, ...]:

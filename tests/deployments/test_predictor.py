@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from cluster.errors import InvalidRequest, ModelNotSupported, NotFound, Overloaded
-from cluster.types import Encode, Generate
+from cluster.settings import Settings
+from cluster.types import Deployment, Encode, Generate
+from deployments import encoder, predictor
 from deployments.predict.tensors import array_of
 from tests.deployments.predict.tables import FLOWERS, answer, flowers, irises, replica, tensor
 
@@ -93,3 +95,12 @@ async def test_who_leaves_takes_its_rows_along(iris: Path) -> None:
     assert (stats["waiting"], stats["streams"], stats["aborted"]) == (0, 0, 1)
     assert (await answer(made, flowers())).rows == 3
     await made.close()
+
+
+def test_serve_takes_the_options_of_one_process_replicas(iris: Path) -> None:
+    wanted = Deployment("iris", str(iris), max_replicas=3)
+    for application in (
+        predictor.build(wanted, str(iris), "digest", "1", b"secret", Settings()),
+        encoder.build(wanted, str(iris), "digest", b"secret", Settings()),
+    ):
+        assert application._bound_deployment._deployment_config.autoscaling_config.max_replicas == 3
