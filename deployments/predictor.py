@@ -55,7 +55,7 @@ class Predictor:
 
     async def start(self) -> None:
         """Load the model and begin to take calls. Raises ModelNotServable."""
-        own, self._num_rows = self._settings.predictor, 0
+        own, self._num_rows, self._is_limited = self._settings.predictor, 0, False
         self._info = inspect(self._directory)
         self._table: Table | None = await asyncio.to_thread(self._load)
         self._signature = self._table.signature
@@ -126,13 +126,15 @@ class Predictor:
         await self._batches.close()
 
     def _run(self, blocks: Sequence[Block]) -> Sequence[Results | PlatformError]:
-        from threadpoolctl import threadpool_limits
+        if not self._is_limited:  # in this thread, once: it takes as long as a thousand rows
+            from threadpoolctl import threadpool_limits
 
+            threadpool_limits(self._settings.predictor.threads)
+            self._is_limited = True
         table = self._table
         if table is None:  # it was put to sleep
             table = self._table = self._load()
-        with threadpool_limits(self._settings.predictor.threads):
-            return table.run(blocks)
+        return table.run(blocks)
 
     def _load(self) -> Table:
         return load(self._directory, self._info)
