@@ -23,6 +23,7 @@ CACHE = Counter("mmaas_gateway_cache_total", "Parts of calls by how the response
 RATE_LIMITED = Counter("mmaas_gateway_rate_limited_total", "Calls refused by a limit of their project, model or key")
 TOKENS_IN = Counter("mmaas_gateway_tokens_in_total", "Prompt tokens of finished calls", ("model",))
 TOKENS_OUT = Counter("mmaas_gateway_tokens_out_total", "Output tokens of finished calls", ("model",))
+ROWS = Counter("mmaas_gateway_rows_total", "Rows that tabular models answered for", ("model",))
 FIRST_TOKEN = Histogram("mmaas_gateway_first_token_seconds", "Arrival to first token", ("model",), buckets=_SECONDS)
 
 # Tenancy
@@ -55,6 +56,11 @@ ENGINE: Mapping[str, tuple[type[GaugeMetricFamily] | type[CounterMetricFamily], 
     "adapters": (GaugeMetricFamily, "mmaas_engine_adapters", "LoRA adapters that are loaded"),
     "adapter_loads": (CounterMetricFamily, "mmaas_engine_adapter_loads", "LoRA adapters loaded since the start"),
     "rows": (CounterMetricFamily, "mmaas_encoder_rows", "Inputs that an encoder has encoded"),
+    "predicted_rows": (
+        CounterMetricFamily,
+        "mmaas_predictor_rows",
+        "Rows that a tabular model has answered for",
+    ),
     "waiting_tokens": (GaugeMetricFamily, "mmaas_encoder_waiting_tokens", "Tokens of inputs that wait for an encoder"),
 }
 

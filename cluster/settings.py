@@ -174,6 +174,18 @@ class EncoderSettings(_Section):
     reservations; set it where encoders do most of the work."""
 
 
+class PredictorSettings(_Section):
+    step_target_ms: float = Field(default=20.0, gt=0, le=10_000)
+    """What a step of a tabular model should take: who comes waits for at most one before its rows take their turn."""
+    max_queued_rows: int = Field(default=1 << 18, ge=1)
+    """Rows that may wait in one replica; more get 503 with Retry-After, the tenant that has most first. A row counts once more for
+    every 256 bytes that it has, so this bounds memory, too."""
+    threads: int = Field(default=1, ge=1)
+    """Compute threads of one replica. More pay for large forests and wide tables alone."""
+    cpus: float = Field(default=0, ge=0)
+    """Logical CPUs that one replica reserves in Ray."""
+
+
 class TrainingSettings(_Section):
     workers: int = Field(default=2, ge=1, le=4096)
     """Ray Train workers of the demonstration."""
@@ -204,6 +216,8 @@ class Settings(BaseSettings):
     """The language-model engine: defaults for every deployment."""
     encoder: EncoderSettings = EncoderSettings()
     """Encoders: embeddings, reranking, classification. `engine.native`, `engine.cache` and `engine`'s deadlines count here, too."""
+    predictor: PredictorSettings = PredictorSettings()
+    """Tabular models. `engine`'s deadlines count here, too."""
     training: TrainingSettings = TrainingSettings()
     """Training jobs."""
 

@@ -258,6 +258,46 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor that a model takes or gives, in the words of the Open Inference Protocol; -1 in its shape is any size."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Values with a shape. `data` has them row by row, little-endian; of BYTES each stands behind its length (32 bits)."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Predict:
+    """One call to a model of tensors. No `outputs`: all of them; no `version`: the one that is served."""
+
+    request_id: str
+    tenant: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[str, ...] = ()
+    version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """The answer: tensors, in the order in which they were asked for, for so many `rows`. There are no tokens."""
+
+    outputs: tuple[Tensor, ...]
+    rows: int
+    version: str
+    usage: Usage = Usage(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Deployment:
     """Desired state of one served model (a row of the store)."""
 

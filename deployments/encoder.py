@@ -21,7 +21,8 @@ from cluster import ingress
 from cluster import log as logs
 from cluster.errors import ModelNotSupported, Unavailable
 from cluster.settings import Settings
-from cluster.types import Chunk, Deployment, Encode, Encoded, Generate, Usage
+from cluster.types import Chunk, Deployment, Encode, Encoded, Generate, Predict, Predicted, Usage
+from deployments import replicas
 from deployments.encode.batcher import Batcher
 from deployments.encode.inspection import inspect
 from deployments.encode.tasks import Tasks
@@ -71,6 +72,20 @@ class Encoder:
         )
         yield  # type: ignore[unreachable]  # makes it a stream, as its caller expects
 
+    async def predict(self, call: Predict) -> AsyncIterator[Predicted]:
+        """Raises ModelNotSupported: it takes texts."""
+        calls = "/v1/classify or /v1/rerank" if self._info.task == "classify" else "/v1/embeddings or /v1/rerank"
+        message = f"{self._deployment.name} is an encoder, which takes texts and no tensors: use {calls}."
+        raise ModelNotSupported(message, param="model")
+        yield  # type: ignore[unreachable]  # likewise
+
+    async def sleep(self) -> None:
+        """Raises ModelNotSupported: an encoder is small, and stays."""
+        raise ModelNotSupported(f"{self._deployment.name} is an encoder, which can't be put to sleep.", param="model")
+
+    async def wake(self) -> None:
+        """It is awake."""
+
     async def info(self) -> dict[str, Any]:
         """What a caller may want to know before it asks."""
         info = self._info
@@ -101,21 +116,5 @@ class Encoder:
 
 def build(deployment: Deployment, directory: str, digest: str, secret: bytes, settings: Settings) -> serve.Application:
     """The Serve application of one encoder."""
-    scaling: dict[str, Any] = {"num_replicas": deployment.min_replicas}
-    if deployment.max_replicas > deployment.min_replicas:
-        bounds = {"min_replicas": deployment.min_replicas, "max_replicas": deployment.max_replicas}
-        scaling = {"autoscaling_config": bounds | {"target_ongoing_requests": 16}}
-    options = serve.deployment(
-        name="Encoder",
-        ray_actor_options={"num_cpus": settings.encoder.cpus},
-        max_ongoing_requests=CALLS,
-        max_queued_requests=CALLS,
-        graceful_shutdown_timeout_s=settings.gateway.max_stream_s + 10,
-        max_surge_percent=100,  # a new version starts before the old one stops
-        health_check_period_s=2,
-        health_check_timeout_s=30,
-        max_constructor_retry_count=1,
-        logging_config={"enable_access_log": False},  # the gateway writes one record of every call
-        **scaling,
-    )
-    return options(Encoder).bind(deployment, directory, digest, secret, settings)
+    options = replicas.options("Encoder", deployment, cpus=settings.encoder.cpus, calls=CALLS, settings=settings)
+    return serve.deployment(**options)(Encoder).bind(deployment, directory, digest, secret, settings)

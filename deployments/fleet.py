@@ -28,13 +28,14 @@ from cluster.store import Store
 from cluster.types import Deployment, ModelRef
 from deployments.encode import inspection as encoders
 from deployments.engine.checkpoint import inspect
+from deployments.predict import inspection as predictors
 
 PREFIX = "model-"
 GATEWAY = "gateway"
 POLL_S = 0.5
 
 OnEvent = Callable[[str], None]
-Kind = Literal["llm", "encoder"]
+Kind = Literal["llm", "encoder", "predictor"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Target:
     digest: str
     frame: str = ""  # empty: the files of one that runs can't be changed
     kind: Kind = "llm"
+    version: str = "1"  # the library's; a directory is its own first
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,17 @@ def apply(settings: Settings, on_event: OnEvent) -> None:
 
 def find(deployment: Deployment, settings: Settings) -> Target:
     """Raises ModelNotServable or NotFound while nothing has been started yet."""
-    directory = Path(deployment.model)
+    directory, version = Path(deployment.model), "1"
     if deployment.model.startswith("models:/"):
         registry = Registry(settings.mlflow_uri, Storage(settings.home / "library"))
-        directory = Path(registry.resolve(ModelRef.parse(deployment.model)).path)
+        found = registry.resolve(ModelRef.parse(deployment.model))
+        directory, version = Path(found.path), str(found.version)
     try:
-        return (
-            _encoder(deployment, directory, settings) if encoders.is_encoder(directory) else _llm(deployment, directory, settings)
-        )
+        if predictors.is_predictor(directory):
+            return _predictor(deployment, directory, version, settings)
+        if encoders.is_encoder(directory):
+            return _encoder(deployment, directory, settings)
+        return _llm(deployment, directory, settings)
     except ModelNotServable as error:
         raise ModelNotServable(f"{deployment.name}: {error.message}") from error
 
@@ -133,6 +138,18 @@ def _encoder(deployment: Deployment, directory: Path, settings: Settings) -> Tar
     encoders.inspect(directory, tp=deployment.tp, dtype=deployment.dtype, max_model_len=deployment.max_model_len)
     files, facts = [*directory.iterdir(), *directory.glob("*/*")], settings.encoder.model_dump_json()
     return Target(deployment, directory, _digest(deployment, directory, files, facts), kind="encoder")
+
+
+def _predictor(deployment: Deployment, directory: Path, version: str, settings: Settings) -> Target:
+    plain = Deployment(deployment.name, deployment.model)
+    if any(getattr(deployment, name) != getattr(plain, name) for name in ("tp", "pp", "dtype", "quantization", "max_model_len")):
+        raise ModelNotServable(
+            "a tabular model is served as it was saved: without --tp, --pp, --dtype, --quantization, --max-model-len"
+        )
+    predictors.inspect(directory)
+    facts = json.dumps([version, settings.predictor.model_dump(mode="json")])
+    digest = _digest(deployment, directory, directory.iterdir(), facts)
+    return Target(deployment, directory, digest, kind="predictor", version=version)
 
 
 def _digest(deployment: Deployment, directory: Path, paths: Iterable[Path], frame: str) -> str:
@@ -177,7 +194,7 @@ def tell(name: str, word: str, *arguments: Any, settings: Settings) -> None:
     from ray.serve.exceptions import RayServeException
 
     try:
-        told = serve.get_deployment_handle("LLM", app_name=PREFIX + name).broadcast(word, *arguments)
+        told = serve.get_app_handle(PREFIX + name).broadcast(word, *arguments)
         told.results(timeout_s=settings.engine.start_deadline_s)
     except exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, PlatformError) else Unavailable(f"{name}: {error.cause}") from None
@@ -227,17 +244,20 @@ def _deploy_gateway(settings: Settings, on_event: OnEvent) -> None:
 def _deploy_model(target: Target, settings: Settings, on_event: OnEvent) -> None:
     count = target.deployment.tp * target.deployment.pp
     ranks = f"{count} shards" if count > 1 else "one shard"
-    on_event(f"loading {target.deployment.name} on {ranks}")
+    on_event(f"loading {target.deployment.name}" + (f" on {ranks}" if target.kind == "llm" else ""))
     _run_model(target, f"{target.digest}-{secrets.token_hex(4)}", settings, on_event)
 
 
 def _run_model(target: Target, version: str, settings: Settings, on_event: OnEvent) -> None:
     """Serve replaces replicas of another version, and tells the others of their edition."""
-    from deployments import encoder, llm
+    from deployments import encoder, llm, predictor
 
     name, secret = PREFIX + target.deployment.name, Secrets(settings.home).prefix_cache
-    if target.kind == "encoder":
-        application = encoder.build(target.deployment, str(target.directory), target.digest, secret, settings)
+    wanted, directory = target.deployment, str(target.directory)
+    if target.kind == "predictor":
+        application = predictor.build(wanted, directory, target.digest, target.version, secret, settings)
+    elif target.kind == "encoder":
+        application = encoder.build(wanted, directory, target.digest, secret, settings)
     else:
         application = llm.build(target.deployment, _edition(target, version), secret, settings)
     _run(application, name, None)

@@ -27,7 +27,7 @@ from cluster import ingress, raynode
 from cluster import log as logs
 from cluster.errors import Conflict, ContextLengthExceeded, InvalidRequest, ModelNotSupported, Overloaded, Unavailable
 from cluster.settings import EngineSettings, Settings
-from cluster.types import Chunk, Constraint, Delta, Deployment, Encode, Encoded, Generate, Usage
+from cluster.types import Chunk, Constraint, Delta, Deployment, Encode, Encoded, Generate, Predict, Predicted, Usage
 from deployments.adapters import Adapters, finder
 from deployments.admission import Admission
 from deployments.answer import Answer
@@ -142,6 +142,12 @@ class LLM:
         message = f"{self._deployment.name} is a language model: ask it for chat or completions, and an encoder for this."
         raise ModelNotSupported(message, param="model")
         yield  # type: ignore[unreachable]  # makes it a stream, as its caller expects
+
+    async def predict(self, call: Predict) -> AsyncIterator[Predicted]:
+        """Raises ModelNotSupported: it takes text."""
+        message = f"{self._deployment.name} is a language model, which takes text and no tensors: use /v1/chat/completions."
+        raise ModelNotSupported(message, param="model")
+        yield  # type: ignore[unreachable]  # likewise
 
     async def info(self) -> dict[str, Any]:
         """What a caller may want to know before it asks."""

@@ -9,13 +9,13 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from cluster.errors import ModelNotFound, Overloaded, PlatformError, ReplicaLost, Unavailable
-from cluster.types import Adapter, Chunk, Deployment, Encode, Encoded, Generate
+from cluster.types import Adapter, Chunk, Deployment, Encode, Encoded, Generate, Predict, Predicted
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Facts:
 
 
 class Answers(Protocol):
-    """The two things that models are asked for."""
+    """What models are asked for."""
 
     def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
         """`name` is a model's, or BASE:ADAPTER. Raises PlatformError, ModelNotFound among them, at the first item or later.
@@ -54,6 +54,10 @@ class Answers(Protocol):
         ...
 
     async def encode(self, name: str, request: Encode) -> Encoded:
+        """Raises PlatformError, ModelNotFound and ModelNotSupported among them. Cancelling it cancels the model's work."""
+        ...
+
+    async def predict(self, name: str, request: Predict) -> Predicted:
         """Raises PlatformError, ModelNotFound and ModelNotSupported among them. Cancelling it cancels the model's work."""
         ...
 
@@ -89,6 +93,10 @@ class Models(Answers, Protocol):
         """About a model or BASE:ADAPTER, of a moment ago. None when it can't be asked now. Raises ModelNotFound."""
         ...
 
+    async def info(self, name: str) -> Mapping[str, Any]:
+        """What a model says of itself. Raises ModelNotFound, and Unavailable for one that doesn't answer."""
+        ...
+
 
 class ServeModels:
     """Models over Serve handles. `desired` reads the desired state, `adapters` what their adapters are; both may block, so they run
@@ -106,6 +114,7 @@ class ServeModels:
         self._listed: tuple[float, Sequence[Deployment], Sequence[Adapter]] | None = None
         self._probed: tuple[float, dict[str, bool]] | None = None
         self._asleep: set[str] = set()
+        self._infos: dict[str, Mapping[str, Any]] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._facts: dict[str, tuple[float, Facts | None]] = {}
         self._learning: dict[str, asyncio.Task[Facts | None]] = {}
@@ -177,6 +186,20 @@ class ServeModels:
                 encoded: Encoded = answer
                 return encoded
         raise ReplicaLost(f"The model {name!r} gave no answer.", retry_after_s=1.0)
+
+    async def predict(self, name: str, request: Predict) -> Predicted:
+        name, _ = await self._known(name)  # likewise
+        async with aclosing(self._call(name, "predict", request)) as answers:
+            async for answer in answers:
+                predicted: Predicted = answer
+                return predicted
+        raise ReplicaLost(f"The model {name!r} gave no answer.", retry_after_s=1.0)
+
+    async def info(self, name: str) -> Mapping[str, Any]:
+        name, _ = await self._known(name)
+        if not (await self.ready()).get(name) or name not in self._infos:
+            raise Unavailable(f"The model {name!r} can't answer now.", retry_after_s=1.0)
+        return self._infos[name]
 
     async def _call(self, name: str, method: str, request: object) -> AsyncGenerator[Any, None]:
         """Items up to the one with `usage`, which is the last."""
@@ -272,6 +295,7 @@ class ServeModels:
                 info = await (await self._handle(name)).info.remote()
         except Exception as error:
             return isinstance(platform_error(error, name), Overloaded)  # too busy to say so is an answer, too
+        self._infos[name] = info
         (self._asleep.add if info.get("asleep") else self._asleep.discard)(name)
         return True
 

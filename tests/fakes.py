@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster import metrics
-from cluster.errors import ModelNotFound, Unauthenticated
+from cluster.errors import ModelNotFound, ModelNotSupported, Unauthenticated, Unavailable
 from cluster.settings import Settings
 from cluster.tenancy.gcra import EMPTY, Bucket
 from cluster.tenancy.permissions import expand
@@ -28,6 +28,8 @@ from cluster.types import (
     Encode,
     Encoded,
     Generate,
+    Predict,
+    Predicted,
     Principal,
     TokenLogprob,
     TopLogprob,
@@ -124,6 +126,17 @@ class EchoModels:
         if name not in {deployment.name for deployment in self.deployments}:
             raise ModelNotFound(f"The model {name!r} does not exist.", param="model")
         (self.sleeping.add if word == "sleep" else self.sleeping.discard)(name)
+
+    async def info(self, name: str) -> Mapping[str, Any]:
+        if name not in {deployment.name for deployment in self.deployments} | {adapter.model for adapter in self.adapted}:
+            raise ModelNotFound(f"The model {name!r} does not exist.", param="model")
+        if not self.healthy:
+            raise Unavailable(f"The model {name!r} can't answer now.", retry_after_s=1.0)
+        return {"name": name, "model_type": "echo"}
+
+    async def predict(self, name: str, request: Predict) -> Predicted:
+        await self.info(name)
+        raise ModelNotSupported(f"{name} is a language model, which takes text and no tensors.", param="model")
 
     async def generate(self, name: str, request: Generate) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)
@@ -347,6 +360,9 @@ class FakePlatform(Platform):
     def register_encoder(self, settings: Settings) -> bool:
         self.steps.append("register")
         return self.has_package
+
+    def register_table(self, settings: Settings) -> None:
+        self.steps.append("table")
 
     def is_serving(self, settings: Settings, names: list[str]) -> bool:
         return self.applied > 0

@@ -27,6 +27,7 @@ LAYERS: list[tuple[str, int]] = [
     ("cluster.private_files", 0),
     ("cluster", 1),
     ("deployments.engine", 2),
+    ("deployments.batching", 2),
     ("deployments.encode", 2),
     ("deployments.predict", 2),
     ("training", 2),

@@ -20,6 +20,7 @@ from cluster.settings import GatewaySettings
 from deployments.gateway import answering, document, encoding, errors, exchange, limiting, limits, middleware
 from deployments.gateway.entrance import KEEPALIVE_S, Entrance
 from deployments.gateway.keys import Verify
+from deployments.gateway.oip import routes as oip
 from deployments.gateway.openai import models
 from deployments.gateway.openai.admin import routes as admin
 from deployments.gateway.openai.answers import ChatCompletion, Completion, ErrorResponse, Model, ModelList
@@ -127,6 +128,9 @@ async def rerank(request: Request) -> Response:
 async def classify(request: Request) -> Response:
     """The likeliest label of each text, and the probability of every label."""
     return await encode(request, "classify")
+
+
+router.routes.extend(oip.router.routes)
 
 
 async def encode(request: Request, operation: str) -> Response:

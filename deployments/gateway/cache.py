@@ -20,7 +20,7 @@ import msgspec
 from cluster import metrics
 from cluster.errors import PlatformError
 from cluster.settings import GatewaySettings
-from cluster.types import Chunk, Encode, Encoded, Generate
+from cluster.types import Chunk, Encode, Encoded, Generate, Predict, Predicted
 from deployments.gateway.flight import Flight
 from deployments.gateway.kept import Kept
 from deployments.router import Answers, Models
@@ -69,6 +69,10 @@ class Cache:
         async with aclosing(answer) as answers:  # to its end, so that nobody seems to leave early
             found = [encoded async for encoded in answers]
         return found[0]
+
+    async def predict(self, name: str, request: Predict) -> Predicted:
+        """Asked always: a table's rows come once."""
+        return await self._models.predict(name, request)
 
     async def _answer(
         self,
@@ -129,6 +133,10 @@ class _View:
 
     async def encode(self, name: str, request: Encode) -> Encoded:
         return await self._cache.encode(name, request, self._count)
+
+    async def predict(self, name: str, request: Predict) -> Predicted:
+        self._count("bypass")
+        return await self._cache.predict(name, request)
 
     def _count(self, outcome: Outcome) -> None:
         metrics.CACHE.labels(outcome).inc()

@@ -6,16 +6,19 @@ raised as the `PlatformError` that HTTP would have rendered.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
-from cluster.errors import NotFound, PlatformError
-from deployments.gateway import answering, denying, encoding, errors, keeping, limiting, limits, scopes
+from cluster.errors import InvalidRequest, NotFound, PlatformError
+from deployments.gateway import answering, denying, encoding, errors, keeping, limiting, limits, predicting, scopes
 from deployments.gateway.answering import Part
 from deployments.gateway.entrance import Entrance
 from deployments.gateway.exchange import Exchange
+from deployments.gateway.oip.infer import InferCall
+from deployments.gateway.oip.wire import Body
 from deployments.gateway.openai import models
 
 logger = logging.getLogger(__name__)
@@ -26,6 +29,7 @@ OPERATIONS = {
     "embeddings": "inference",
     "rerank": "inference",
     "classify": "inference",
+    "infer": "inference",
     "models.list": "inference",
     "models.retrieve": "inference",
 }
@@ -64,17 +68,37 @@ async def _admitted(
         raise NotFound(f"There is no operation {operation[:64]!r}; there are {', '.join(OPERATIONS)}.")
     scopes.permit(notes.principal, OPERATIONS[operation])
     bounds = entrance.settings
-    tree = limits.through_json(body, bounds.max_body_bytes, bounds.max_json_depth)
+    integers = limits.UINT64 if operation == "infer" else limits.INT64
+    tree = limits.through_json(body, bounds.max_body_bytes, bounds.max_json_depth, integers)
     if operation == "models.list":
         yield models.listing(*await limiting.permitted(entrance, notes))
     elif operation == "models.retrieve":
         yield models.card(models.find(*await limiting.permitted(entrance, notes), str(tree.get("model", ""))))
+    elif operation == "infer":
+        yield await _inferred(entrance, tree, notes)
     elif operation in encoding.KINDS:
         yield await encoding.answer(entrance, operation, tree, notes)
     else:
         async with aclosing(_generated(entrance, answering.parse(operation, tree, notes), notes)) as answers:
             async for answer in answers:
                 yield answer
+
+
+async def _inferred(entrance: Entrance, tree: dict[str, Any], notes: Exchange) -> Part:
+    """Tensors in and out as JSON has them: nothing lies behind it."""
+    model, version = tree.get("model"), tree.get("model_version")
+    if not isinstance(model, str) or not isinstance(version, str | None):
+        raise InvalidRequest("model and model_version must be texts.", param="model")
+
+    def read() -> InferCall:
+        return InferCall(model, version, Body(tree, memoryview(b"")), request_id=notes.request_id, tenant=notes.tenant)
+
+    call = await asyncio.to_thread(read)
+    found = await predicting.predicted(entrance, call, notes)
+    answer, behind = await asyncio.to_thread(call.answer, found)
+    if behind:
+        raise InvalidRequest("Over a handle tensors come as JSON: leave binary_data out.", param="outputs")
+    return answer
 
 
 async def _generated(entrance: Entrance, call: answering.Call, notes: Exchange) -> AsyncGenerator[Part, None]:

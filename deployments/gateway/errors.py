@@ -13,6 +13,7 @@ import pydantic
 from starlette.exceptions import HTTPException
 
 from cluster.errors import BudgetExceeded, Conflict, InvalidRequest, ModelError, NotFound, PayloadTooLarge, PlatformError
+from deployments.gateway.protocols import is_open_inference
 
 _BY_PYDANTIC = {"missing": "missing_required_parameter", "finite_number": "invalid_value"}
 _STATUS_TEXT = {404: "there is no such route", 405: "this route does not answer that method"}
@@ -63,8 +64,9 @@ def envelope(error: PlatformError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.public_code}}
 
 
-def encode(error: PlatformError) -> bytes:
-    return msgspec.json.encode(envelope(error))
+def encode(error: PlatformError, path: str = "") -> bytes:
+    """The body in the form of the protocol that a path belongs to: the Open Inference Protocol's is one string."""
+    return msgspec.json.encode({"error": error.message} if is_open_inference(path) else envelope(error))
 
 
 def retry_headers(error: PlatformError) -> list[tuple[bytes, bytes]]:

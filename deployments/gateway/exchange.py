@@ -50,6 +50,7 @@ class Exchange:
     usage: Usage | None = None
     spoken: int = 0  # output tokens so far
     headers: dict[str, str] = field(default_factory=dict)  # of the answer, also of an error
+    rows: int | None = None  # that a tabular model answered for
 
     @property
     def elapsed_s(self) -> float:
@@ -78,6 +79,8 @@ class Exchange:
         if self.usage is not None:
             metrics.TOKENS_IN.labels(self.model).inc(self.usage.prompt_tokens)
             metrics.TOKENS_OUT.labels(self.model).inc(self.usage.completion_tokens)
+        if self.rows is not None:
+            metrics.ROWS.labels(self.model).inc(self.rows)
 
     def _fields(self, route: str | None) -> dict[str, object]:
         return {
@@ -93,6 +96,7 @@ class Exchange:
             "prompt_tokens": self.usage.prompt_tokens if self.usage else None,
             "completion_tokens": self.usage.completion_tokens if self.usage else None,
             "from_cache": self.usage.from_cache or None if self.usage else None,
+            "rows": self.rows,
             "first_token_ms": round(self.first_token_s * 1000, 3) if self.first_token_s is not None else None,
             "duration_ms": round(self.elapsed_s * 1000, 3),
             "bytes_out": self.bytes_out,

@@ -15,6 +15,7 @@ from cluster.errors import InvalidRequest, Overloaded, PayloadTooLarge
 from deployments.gateway import exchange, limits
 from deployments.gateway.errors import Misdirected
 from deployments.gateway.keys import Keys, bearer, check_place
+from deployments.gateway.protocols import is_open_inference
 from deployments.gateway.stage import Stage
 
 BODY_S = 30.0
@@ -86,7 +87,8 @@ class Admission(Stage):
 
 
 class Limits(Stage):
-    """What the head alone tells: exactly one Host, one of ours, no encoded body, no body that announces itself as too long."""
+    """What the head alone tells: exactly one Host, one of ours, no encoded body but under /v2, no body that announces itself as too
+    long."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, hosts: frozenset[str]) -> None:
         """`hosts`: our names, none for any."""
@@ -100,7 +102,7 @@ class Limits(Stage):
             raise InvalidRequest(f"A request needs exactly one Host header, not {names.count(b'host')}.")
         if self._hosts and host_name(headers[b"host"]) not in self._hosts:
             raise Misdirected("There is no such host here.")
-        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity" and not is_open_inference(scope["path"]):
             raise InvalidRequest("An encoded body is not accepted: send it without Content-Encoding.")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18:

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from cluster import metrics
 from cluster.errors import ModelNotFound, RateLimited
 from cluster.tenancy.limits import Granted
-from cluster.types import Adapter, Deployment, Encode, Generate
+from cluster.types import Adapter, Deployment, Encode, Generate, Predict
 from deployments.gateway.cache import Outcome
 from deployments.gateway.entrance import Entrance
 from deployments.gateway.exchange import Exchange
@@ -28,7 +28,7 @@ UNKNOWN_ROOM = 8192
 
 @asynccontextmanager
 async def admitted(
-    entrance: Entrance, notes: Exchange, model: str, asked: Sequence[Generate | Encode], *, streams: bool = False
+    entrance: Entrance, notes: Exchange, model: str, asked: Sequence[Generate | Encode | Predict], *, streams: bool = False
 ) -> AsyncIterator[Answers]:
     """The models, for one call that its limits allow. Raises RateLimited, and ModelNotFound for what its key or project may not
     use."""
@@ -62,7 +62,9 @@ async def permitted(entrance: Entrance, notes: Exchange) -> tuple[Sequence[Deplo
     return [one for one in served if may(one.name)], [one for one in adapters if may(one.model)]
 
 
-async def _admit(entrance: Entrance, notes: Exchange, model: str, asked: Sequence[Generate | Encode], streams: bool) -> Granted:
+async def _admit(
+    entrance: Entrance, notes: Exchange, model: str, asked: Sequence[Generate | Encode | Predict], streams: bool
+) -> Granted:
     assert notes.principal is not None, "authentication comes first"
     tokens = 0
     if entrance.limits.counts_tokens:
@@ -79,17 +81,19 @@ async def _admit(entrance: Entrance, notes: Exchange, model: str, asked: Sequenc
     return granted
 
 
-def worst_case(request: Generate | Encode, room: int) -> int:
+def worst_case(request: Generate | Encode | Predict, room: int) -> int:
     """Tokens that a call takes at most: its prompt once, its output for every choice, each choice within the context window."""
     prompt = prompt_bound(request)
-    if isinstance(request, Encode):
+    if not isinstance(request, Generate):
         return prompt
     sampling = request.sampling
     output = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
     return min(min(prompt, room) + sampling.n * output, room + (sampling.n - 1) * output)
 
 
-def prompt_bound(request: Generate | Encode) -> int:
+def prompt_bound(request: Generate | Encode | Predict) -> int:
+    if isinstance(request, Predict):
+        return 0
     if isinstance(request, Encode):
         query = _bytes(request.query or "") + TURN
         return sum(_bytes(text) + query for text in request.texts) + sum(len(ids) + TURN for ids in request.ids)

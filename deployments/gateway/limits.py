@@ -20,7 +20,8 @@ OFF_LOOP_BYTES = 64 << 10
 """Longer bodies are decoded in a thread, so that one caller's megabytes never stop the others' tokens."""
 
 _LONG_NUMBER = re.compile(rb"\d{19}")
-_INT64 = range(-(1 << 63), 1 << 63)
+INT64, UINT64 = range(-(1 << 63), 1 << 63), range(-(1 << 63), 1 << 64)
+"""Integers that a body may hold: those of 64 bits; in tensors the unsigned ones, too."""
 
 
 async def read_body(receive: Receive, max_bytes: int, seconds: float) -> bytes:
@@ -50,7 +51,7 @@ async def read_json(raw: bytes, max_depth: int) -> dict[str, Any]:
     return await asyncio.to_thread(decode_json, raw, max_depth)
 
 
-def decode_json(raw: bytes, max_depth: int) -> dict[str, Any]:
+def decode_json(raw: bytes, max_depth: int, integers: range = INT64) -> dict[str, Any]:
     """One JSON object as RFC 8259 has it: no NaN, no Infinity, no lone surrogates, no integer beyond 64 bits, not too deep."""
     try:
         tree = msgspec.json.decode(raw)
@@ -61,11 +62,11 @@ def decode_json(raw: bytes, max_depth: int) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
     if raw.count(b"{") + raw.count(b"[") > max_depth or _LONG_NUMBER.search(raw):
-        _inspect(tree, max_depth)
+        _inspect(tree, max_depth, integers)
     return tree
 
 
-def through_json(tree: object, max_bytes: int, max_depth: int) -> dict[str, Any]:
+def through_json(tree: object, max_bytes: int, max_depth: int, integers: range = INT64) -> dict[str, Any]:
     """A body that came as Python objects over a handle, held to the same bounds as one that came as bytes."""
     try:
         raw = json.dumps(tree, allow_nan=False, ensure_ascii=False).encode()
@@ -75,14 +76,14 @@ def through_json(tree: object, max_bytes: int, max_depth: int) -> dict[str, Any]
         raise InvalidRequest("The body can't be written as JSON.", code="invalid_json") from None
     if len(raw) > max_bytes:
         raise PayloadTooLarge(f"The body is longer than {max_bytes} bytes.")
-    return decode_json(raw, max_depth)
+    return decode_json(raw, max_depth, integers)
 
 
-def _inspect(tree: dict[str, Any], max_depth: int) -> None:
+def _inspect(tree: dict[str, Any], max_depth: int, integers: range) -> None:
     level: list[Any] = [tree]
     for _ in range(max_depth):
         level = [child for container in level for child in (container.values() if isinstance(container, dict) else container)]
-        if any(type(value) is int and value not in _INT64 for value in level):
+        if any(type(value) is int and value not in integers for value in level):
             raise InvalidRequest("The body holds an integer of more than 64 bits.", code="invalid_json")
         level = [child for child in level if isinstance(child, (dict, list))]
         if not level:

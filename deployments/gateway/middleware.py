@@ -79,13 +79,13 @@ class ErrorEnvelope(Stage):
         except Exception as error:
             if not isinstance(error, PlatformError) or error.status == 500:
                 logger.exception("request failed")
-            await self._answer(errors.public(error, notes.request_id), notes, send)
+            await self._answer(errors.public(error, notes.request_id), notes, scope["path"], send)
 
-    async def _answer(self, error: PlatformError, notes: Exchange, send: Send) -> None:
+    async def _answer(self, error: PlatformError, notes: Exchange, path: str, send: Send) -> None:
         notes.error = error.public_code
         if notes.status:  # the head of another answer is already out; a half answer must not look whole
             raise RuntimeError("the answer broke after its head")
-        body = errors.encode(error)
+        body = errors.encode(error, path)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))

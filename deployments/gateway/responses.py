@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -24,7 +24,7 @@ WRITE_S = 30.0
 """A caller that takes no byte for so long is gone."""
 
 
-def json_response(content: Mapping[str, Any], status: int = 200) -> Response:
+def json_response(content: Mapping[str, Any] | Sequence[Any], status: int = 200) -> Response:
     return Response(msgspec.json.encode(content), status, media_type="application/json")
 
 

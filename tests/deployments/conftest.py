@@ -1,4 +1,4 @@
-"""What tests of the engine and of encoders share."""
+"""What tests of the engine, of encoders and of tabular models share."""
 
 from __future__ import annotations
 
@@ -18,3 +18,29 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except build.NativeUnavailable as error:
         pytest.skip(str(error))
     return directory
+
+
+@pytest.fixture(scope="session")
+def iris(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier as MLflow saves it: a table in, names and probabilities out."""
+    from tests.deployments.predict import tables
+
+    return tables.saved(tables.irises(), tables.FLOWERS, tmp_path_factory.mktemp("iris") / "model")
+
+
+@pytest.fixture(scope="session")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of named columns."""
+    from tests.deployments.predict import tables
+
+    return tables.saved(tables.people(), tables.PEOPLE, tmp_path_factory.mktemp("people") / "model")
+
+
+@pytest.fixture(scope="session")
+def forest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of trees."""
+    from tests.deployments.predict import tables
+
+    return tables.saved(
+        tables.forest(), tables.FLOWERS, tmp_path_factory.mktemp("forest") / "model", trusted=["sklearn.tree._tree.Tree"]
+    )

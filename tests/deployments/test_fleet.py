@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from cluster.errors import ModelNotServable
 from cluster.settings import Settings
 from cluster.types import Deployment
 from deployments.fleet import Plan, Target, find, plan
@@ -47,3 +50,19 @@ def test_frame_is_everything_but_the_files(tmp_path: Path) -> None:
     assert find(other, settings).frame != of["first"].frame
     slower = Settings(home=tmp_path, engine={"max_sequences": 3})
     assert find(of["first"].deployment, slower).frame != of["first"].frame
+
+
+def test_a_tabular_model_is_found_and_served_as_it_was_saved(iris: Path, tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    target = find(Deployment("iris", str(iris)), settings)
+    assert (target.kind, target.version, target.frame) == ("predictor", "1", "")
+    for wrong in (
+        Deployment("iris", str(iris), tp=2),
+        Deployment("iris", str(iris), pp=2),
+        Deployment("iris", str(iris), dtype="bfloat16"),
+        Deployment("iris", str(iris), max_model_len=9),
+    ):
+        with pytest.raises(ModelNotServable, match="as it was saved"):
+            find(wrong, settings)
+    wider = Settings(home=tmp_path, predictor={"threads": 2})
+    assert find(target.deployment, wider).digest != target.digest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from grpc import StatusCode
@@ -13,7 +14,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from cluster.errors import ContextLengthExceeded, ModelNotFound, Overloaded, PlatformError, ReplicaLost, Unavailable
-from cluster.types import Adapter, Chunk, Delta, Generate, Usage
+from cluster.types import Adapter, Chunk, Delta, Generate, Predict, Predicted, Usage
 from deployments.router import FACTS_S, Facts, ServeModels, platform_error
 from tests.fakes import ECHO
 
@@ -167,3 +168,48 @@ async def test_facts_are_a_second_old_asked_beside_the_calls_and_of_nobody_when_
     assert await models.facts("echo") is None
     with pytest.raises(ModelNotFound):
         await models.facts("nobody")
+
+
+class Tensors:
+    """Stands for a handle whose model tells of itself and predicts."""
+
+    def __init__(self, **info: object) -> None:
+        self.known, self.info, self.predict = info, self, self
+        self.asked: list[Predict] = []
+
+    def options(self, **_: object) -> Tensors:
+        return self
+
+    def remote(self, *request: Predict) -> Any:
+        self.asked += request
+        return self if request else self._info()
+
+    async def _info(self) -> dict[str, object]:
+        return self.known
+
+    async def _fetch_future_result_async(self) -> None:
+        self.items = iter([Predicted((), 3, "7")])
+
+    def __aiter__(self) -> Tensors:
+        return self
+
+    async def __anext__(self) -> Predicted:
+        for item in self.items:
+            return item
+        raise StopAsyncIteration
+
+
+async def test_a_model_of_tensors_is_asked_and_tells_of_itself() -> None:
+    models = ServeModels(lambda: [ECHO])
+    models._handles["echo"] = telling = Tensors(library_version="7", asleep=True)
+    asked = Predict("r", "t", ())
+    assert (await models.predict("echo", asked)).rows == 3
+    assert telling.asked == [asked]
+    assert (await models.info("echo"))["library_version"] == "7"
+    assert await models.asleep() == ["echo"]
+    for call in (models.info("other"), models.predict("other", asked)):
+        with pytest.raises(ModelNotFound, match="echo"):
+            await call
+    models._probed = (float("inf"), {"echo": False})
+    with pytest.raises(Unavailable):
+        await models.info("echo")

@@ -38,9 +38,10 @@ def wanted(loaded: settings.Settings) -> list[Deployment]:
 def test_first_time_starts_trains_deploys_and_prints_how_to_call(loaded: settings.Settings) -> None:
     platform = FakePlatform()
     printed = run(loaded, platform)
-    assert platform.steps == ["start", "train", "register", "apply"]
+    assert platform.steps == ["start", "train", "register", "table", "apply"]
     assert [(d.name, d.model, d.tp) for d in wanted(loaded)] == [
         ("chat", "models:/chat@champion", 2),
+        ("iris", "models:/iris@champion", 1),
         ("minilm", "models:/minilm@champion", 1),
     ]
     quickstart = Quickstart.load(loaded)
@@ -49,11 +50,12 @@ def test_first_time_starts_trains_deploys_and_prints_how_to_call(loaded: setting
     assert f"curl -N {loaded.base_url}/v1/chat/completions" in printed
     assert '"stream": true' in printed
     assert f"curl {loaded.base_url}/v1/embeddings" in printed
+    assert f"curl {loaded.base_url}/v2/models/iris/infer" in printed
 
 
 def test_without_the_package_no_encoder_is_served_and_that_is_said(loaded: settings.Settings) -> None:
     printed = run(loaded, FakePlatform(has_package=False))
-    assert [deployment.name for deployment in wanted(loaded)] == ["chat"]
+    assert [deployment.name for deployment in wanted(loaded)] == ["chat", "iris"]
     assert "No encoder is served" in printed
     assert "/v1/embeddings" not in printed
 
@@ -62,6 +64,13 @@ def test_an_encoders_directory_is_shown_with_the_call_that_it_answers(loaded: se
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForSequenceClassification"]}')
     printed = run(loaded, FakePlatform(), Asked(str(tmp_path), name="judge"))
     assert "/v1/classify" in printed
+    assert "/v1/chat" not in printed
+
+
+def test_a_tabular_models_directory_is_shown_with_how_to_ask_what_it_takes(loaded: settings.Settings, tmp_path: Path) -> None:
+    (tmp_path / "MLmodel").write_text("flavors: {}")
+    printed = run(loaded, FakePlatform(), Asked(str(tmp_path), name="risk"))
+    assert "/v2/models/risk " in printed
     assert "/v1/chat" not in printed
 
 
@@ -86,7 +95,7 @@ def test_second_time_does_nothing_and_shows_no_key(loaded: settings.Settings) ->
     run(loaded, platform)
     before = (loaded.home / "quickstart.json").read_bytes()
     printed = run(loaded, platform)
-    assert platform.steps == ["start", "train", "register", "apply"]
+    assert platform.steps == ["start", "train", "register", "table", "apply"]
     assert "Already up" in printed
     assert "mk_" not in printed
     assert (loaded.home / "quickstart.json").read_bytes() == before

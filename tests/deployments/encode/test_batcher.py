@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from cluster.errors import Overloaded, PlatformError, Unavailable
-from deployments.encode.batcher import Batcher, smoothed, step_tokens
+from deployments.batching.batches import smoothed, step_tokens
+from deployments.encode.batcher import Batcher
 from deployments.encode.row import Floats, Row
 
 

@@ -20,7 +20,7 @@ from tests.fakes import KeyRing
 
 CHAT = "/v1/chat/completions"
 GOOD = {"model": "echo", "messages": [{"role": "user", "content": "one"}]}
-PUBLIC_PATHS = {"/health", "/ready", "/openapi.json", "/docs"}
+PUBLIC_PATHS = {"/health", "/ready", "/openapi.json", "/docs", "/v2/health/live", "/v2/health/ready"}
 
 
 def error_of(answer: httpx.Response) -> dict[str, object]:

@@ -1,4 +1,6 @@
-"""Which rows are encoded next: a pure policy over tenants, their calls and the calls' rows. Knows no model, no clock, no thread.
+"""Which rows are next: a pure policy over tenants, their calls and the calls' rows. Knows no model, no clock, no thread.
+
+A row is anything with a length, which is what it costs: a text's tokens, a table's rows. Costs are called tokens here.
 
 Least served first, twice (virtual token counters, `engine/fairness.py`): among tenants, and among the calls of one tenant, so that
 a search isn't held up by the bulk indexing that the same key does. Within a call: first come, first served. A step's rows need not
@@ -8,10 +10,9 @@ be alike: whoever pads sorts them by length itself.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 
-from deployments.encode.row import Row
 from deployments.engine.fairness import Account, Ledger
 
 REMEMBERED = 1024
@@ -23,7 +24,7 @@ class Call(Account):
     """The rows of one call that wait. `num_tokens` is what they have together."""
 
     tenant: bytes = b""
-    rows: deque[tuple[int, Row]] = field(default_factory=deque)  # with their places in the answer
+    rows: deque[tuple[int, Sized]] = field(default_factory=deque)  # with their places in the answer
     num_tokens: int = 0
     arrival: int = 0
 
@@ -41,7 +42,7 @@ class Piece:
 
     call: Call
     place: int
-    row: Row
+    row: Sized
 
 
 class Lines:
@@ -77,7 +78,7 @@ class Lines:
             self.discard(call)
         return leaving
 
-    def add(self, tenant: bytes, rows: Sequence[Row]) -> Call:
+    def add(self, tenant: bytes, rows: Sequence[Sized]) -> Call:
         """A call with its rows at the end of the tenant's line."""
         self._arrivals += 1
         num_tokens = sum(len(row) for row in rows)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from deployments.encode.lines import Call, Lines
+from deployments.batching.lines import Call, Lines
 from deployments.encode.row import Row
 
 
