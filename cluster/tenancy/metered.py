@@ -59,8 +59,15 @@ class Metered:
             return usage
         if usage is None:
             return NOTHING
+        if usage.from_cache:
+            return cls(replayed_tokens=usage.total_tokens)
         cached = min(usage.cached_tokens, usage.prompt_tokens)
-        return cls(input_tokens=usage.prompt_tokens - cached, cached_tokens=cached, output_tokens=usage.completion_tokens)
+        return cls(
+            input_tokens=usage.prompt_tokens - cached,
+            cached_tokens=cached,
+            output_tokens=usage.completion_tokens,
+            compute_seconds=usage.compute_us,
+        )
 
     def items(self) -> list[tuple[str, int]]:
         """Meter and quantity, those that are not zero."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster import metrics
+from cluster.tenancy.metered import Metered
 from cluster.types import Chunk, Principal, Usage
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,10 @@ class Exchange:
     first_token_s: float | None = None
     usage: Usage | None = None
     spoken: int = 0  # output tokens so far
+    prompt_tokens: int = 0  # of the calls that the model has begun to answer
+    cached_tokens: int = 0  # of these, what the prefix cache gave
+    finish_reason: str | None = None  # of the choice that ended last
+    on_words: Callable[[], None] | None = None  # hears that there is more of it
     headers: dict[str, str] = field(default_factory=dict)  # of the answer, also of an error
     rows: int | None = None  # that a tabular model answered for
 
@@ -64,7 +69,25 @@ class Exchange:
         """The model said something."""
         if self.first_token_s is None:
             self.first_token_s = self.elapsed_s
-        self.spoken += sum(len(delta.token_ids) for chunk in chunks for delta in chunk.deltas)
+        for chunk in chunks:
+            if chunk.begun is not None:
+                self.prompt_tokens += chunk.begun.prompt_tokens
+                self.cached_tokens += chunk.begun.cached_tokens
+            for delta in chunk.deltas:
+                self.spoken += len(delta.token_ids)
+                self.finish_reason = delta.finish_reason or self.finish_reason
+        if self.on_words is not None:
+            self.on_words()
+
+    @property
+    def metered(self) -> Metered:
+        """What the call has used, as far as it is known."""
+        if self.usage is not None:
+            return Metered.of(self.usage)
+        if self.headers.get("x-cache") in ("hit", "shared"):
+            return Metered(replayed_tokens=self.prompt_tokens + self.spoken)
+        cached = min(self.cached_tokens, self.prompt_tokens)
+        return Metered(input_tokens=self.prompt_tokens - cached, cached_tokens=cached, output_tokens=self.spoken)
 
     def record(self, route: str | None) -> None:
         """Count and log the finished call. Only a model that answered becomes a label: others are a caller's words."""

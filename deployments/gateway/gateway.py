@@ -52,7 +52,7 @@ class Gateway:
         self._settings = settings
         models, verify, tenancy = parts(settings)
         self._app = build_app(models, verify, settings.gateway, tenancy=tenancy)
-        self._chores = Chores(tenancy.chores)
+        self._chores = Chores(tenancy.chores), Chores(tenancy.pulse)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor: what it serves over HTTP."""
@@ -66,7 +66,7 @@ class Gateway:
 
     def __del__(self) -> None:
         """Called by Serve when the replica has drained: what waits is written."""
-        if chores := getattr(self, "_chores", None):
+        for chores in getattr(self, "_chores", ()):
             chores.close()
 
     async def check_health(self) -> None:

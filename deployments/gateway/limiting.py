@@ -1,6 +1,7 @@
-"""Around a call's work: what it may cost at most, whether it may begin, and what it has used when it ends.
+"""Around a call's work, below every entrance: whether it may begin, what it may cost at most, and what it used when it ends.
 
-The bound of a text's tokens is its bytes: no tokenizer that models here have makes more of it, and none is known here.
+In this order: the models of key and project, rate limits, the reservation against budgets, the answers that are kept, the model. Each
+is let go in the opposite order, however the call ends.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from cluster import metrics
-from cluster.errors import ModelNotFound, RateLimited
-from cluster.tenancy.limits import Granted
-from cluster.types import Adapter, Deployment, Encode, Generate, Predict
+from cluster.errors import ModelNotFound, PlatformError, RateLimited
+from cluster.tenancy.metered import Metered
+from cluster.types import Adapter, Deployment
+from deployments.gateway.bounds import Asked, Bound, bound
 from deployments.gateway.cache import Outcome
 from deployments.gateway.entrance import Entrance
 from deployments.gateway.exchange import Exchange
@@ -19,31 +21,21 @@ from deployments.gateway.openai import models
 from deployments.gateway.scopes import permit_model
 from deployments.router import Answers
 
-TURN = 16
-"""Tokens that a chat template may add to one message, and to a chat."""
-
-UNKNOWN_ROOM = 8192
-"""Context window of a model that doesn't tell its own."""
-
 
 @asynccontextmanager
 async def admitted(
-    entrance: Entrance, notes: Exchange, model: str, asked: Sequence[Generate | Encode | Predict], *, streams: bool = False
+    entrance: Entrance, notes: Exchange, model: str, asked: Sequence[Asked], *, streams: bool = False
 ) -> AsyncIterator[Answers]:
-    """The models, for one call that its limits allow. Raises RateLimited, and ModelNotFound for what its key or project may not
-    use."""
+    """The models, for one call that its limits and budgets allow. Raises RateLimited, BudgetExceeded, LedgerUnavailable, and
+    ModelNotFound for what its key or project may not use."""
     try:
         permit_model(notes.principal, model)
-        granted = await _admit(entrance, notes, model, asked, streams)
-        used = sum(map(prompt_bound, asked))
-        try:
+        most = await _bound(entrance, model, asked)
+        async with (
+            _limited(entrance, notes, model, most, streams=streams),
+            _metered(entrance, notes, model, most, tells=len(asked) == 1),
+        ):
             yield entrance.models if entrance.cache is None else entrance.cache.view(lambda outcome: _note(notes, outcome))
-            used = 0
-        except Exception:  # a failure before the first word costs nothing; who hangs up has had the prompt read
-            used = used if notes.spoken else 0
-            raise
-        finally:
-            granted.settle(_used(notes, used))
     except ModelNotFound:
         models.find(*await permitted(entrance, notes), model)  # says what there is, for this project
         raise
@@ -62,61 +54,63 @@ async def permitted(entrance: Entrance, notes: Exchange) -> tuple[Sequence[Deplo
     return [one for one in served if may(one.name)], [one for one in adapters if may(one.model)]
 
 
-async def _admit(
-    entrance: Entrance, notes: Exchange, model: str, asked: Sequence[Generate | Encode | Predict], streams: bool
-) -> Granted:
+async def _bound(entrance: Entrance, model: str, asked: Sequence[Asked]) -> Bound:
+    if not entrance.limits.counts_tokens and entrance.tenancy.metering is None:
+        return Bound(0, 0, 0)  # nobody needs to know
+    facts = await entrance.models.facts(model)
+    return bound(asked, facts.room if facts else None)
+
+
+@asynccontextmanager
+async def _limited(entrance: Entrance, notes: Exchange, model: str, most: Bound, *, streams: bool) -> AsyncIterator[None]:
     assert notes.principal is not None, "authentication comes first"
-    tokens = 0
-    if entrance.limits.counts_tokens:
-        facts = await entrance.models.facts(model)
-        room = facts.room if facts else None
-        tokens = sum(worst_case(request, room or UNKNOWN_ROOM) for request in asked)
     try:
-        granted = await entrance.limits.admit(notes.principal, model, tokens, streams=streams)
+        granted = await entrance.limits.admit(notes.principal, model, most.total, streams=streams)
     except RateLimited as error:
         metrics.RATE_LIMITED.inc()
         notes.headers |= error.headers
         raise
     notes.headers |= granted.headers
-    return granted
+    unsaid = most.input  # counted for a prompt of which the model said nothing: who hangs up has had it read
+    try:
+        yield
+        unsaid = 0
+    except Exception:  # a failure before the first word costs nothing
+        unsaid = unsaid if notes.spoken else 0
+        raise
+    finally:
+        granted.settle(_tokens(notes, unsaid))
 
 
-def worst_case(request: Generate | Encode | Predict, room: int) -> int:
-    """Tokens that a call takes at most: its prompt once, its output for every choice, each choice within the context window."""
-    prompt = prompt_bound(request)
-    if not isinstance(request, Generate):
-        return prompt
-    sampling = request.sampling
-    output = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
-    return min(min(prompt, room) + sampling.n * output, room + (sampling.n - 1) * output)
-
-
-def prompt_bound(request: Generate | Encode | Predict) -> int:
-    if isinstance(request, Predict):
-        return 0
-    if isinstance(request, Encode):
-        query = _bytes(request.query or "") + TURN
-        return sum(_bytes(text) + query for text in request.texts) + sum(len(ids) + TURN for ids in request.ids)
-    if request.prompt_ids is not None:
-        return len(request.prompt_ids) + 1
-    if request.prompt is not None:
-        return _bytes(request.prompt) + 1
-    turns = sum(
-        _bytes(turn.content) + sum(_bytes(call.arguments) + TURN for call in turn.tool_calls) + TURN for turn in request.messages
-    )
-    tools = sum(_bytes(tool.parameters) + _bytes(tool.description or "") + TURN for tool in request.tools)
-    return turns + tools + TURN
-
-
-def _bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
-
-
-def _used(notes: Exchange, prompt: int) -> int:
-    """`prompt`: what to count for it when the model didn't say."""
+def _tokens(notes: Exchange, unsaid: int) -> int:
     if notes.usage is None:
-        return prompt + notes.spoken
+        return (notes.prompt_tokens or unsaid) + notes.spoken
     return 0 if notes.usage.from_cache else notes.usage.total_tokens
+
+
+@asynccontextmanager
+async def _metered(entrance: Entrance, notes: Exchange, model: str, most: Bound, *, tells: bool) -> AsyncIterator[None]:
+    """`tells`: whether what was said so far is made durable on the way. Of several calls that the cache answers in part it isn't
+    known yet which price it has."""
+    metering = entrance.tenancy.metering
+    if metering is None:
+        yield
+        return
+    assert notes.principal is not None, "authentication comes first"
+    worst = Metered(input_tokens=most.input, output_tokens=most.output)
+    async with metering.request(notes.principal, notes.request_id, model, worst) as running:
+        if tells:
+            notes.on_words = lambda: running.used(notes.metered)
+        try:
+            yield
+        except PlatformError:
+            if not notes.spoken:
+                running.outcome = "failed"  # refused, by whomever: nothing was given
+            raise
+        finally:
+            running.metered = notes.metered
+            if notes.finish_reason in ("length", "abort"):
+                running.outcome = "length" if notes.finish_reason == "length" else "cancelled"
 
 
 def _note(notes: Exchange, outcome: Outcome) -> None:

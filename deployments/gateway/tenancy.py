@@ -21,7 +21,9 @@ from cluster.tenancy.denials import Denials
 from cluster.tenancy.idempotency import Bounds, Idempotency
 from cluster.tenancy.keeper import Keeper
 from cluster.tenancy.kept_files import KeptFiles
+from cluster.tenancy.ledger import Ledger
 from cluster.tenancy.limits import CountedLimits, Limits, Unlimited
+from cluster.tenancy.metering import Metering
 from cluster.tenancy.pools import StoredPools
 from cluster.tenancy.rate_limits import RateLimit
 from cluster.tenancy.redaction import REDACTIONS
@@ -40,7 +42,9 @@ class Tenancy:
     denials: Denials | None = None
     once: Once | None = None
     keeper: Keeper | None = None
+    metering: Metering | None = None
     chores: tuple[Chore, ...] = ()
+    pulse: tuple[Chore, ...] = ()  # nothing may keep these waiting
 
     async def record(self, notes: Exchange, action: str, target: str) -> None:
         """Write down an act of the caller that lies outside of the store, after it was done."""
@@ -72,7 +76,18 @@ class Tenancy:
             Chore("idempotency keys", 60.0, keys.purge),
             Chore("old kept calls", 3600.0, keeper.expire),
         )
-        return cls(accounts, limits_of(store, accounts, gateway), audit, denials, Once(keys, gateway.max_ongoing), keeper, chores)
+        ledger = Ledger(store)
+        return cls(
+            accounts,
+            limits_of(store, accounts, gateway),
+            audit,
+            denials,
+            Once(keys, gateway.max_ongoing),
+            keeper,
+            Metering(ledger),
+            chores,
+            pulse=(Chore("ledger", ledger.lease_s / 3, ledger.reap),),
+        )
 
 
 NONE = Tenancy()

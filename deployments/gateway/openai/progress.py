@@ -112,4 +112,5 @@ def _sum(a: Usage, b: Usage) -> Usage:
         a.completion_tokens + b.completion_tokens,
         a.cached_tokens + b.cached_tokens,
         a.from_cache and b.from_cache,
+        a.compute_us + b.compute_us,
     )

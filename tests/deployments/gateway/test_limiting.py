@@ -9,8 +9,6 @@ from typing import Any
 
 import openai
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cluster.errors import RateLimited
 from cluster.settings import GatewaySettings
@@ -20,13 +18,13 @@ from cluster.tenancy.model_permissions import ModelPermissions, model_permission
 from cluster.tenancy.projects import DEFAULT, projects
 from cluster.tenancy.rate_limits import MOST, RateLimit, RateLimits, rate_limits
 from cluster.tenancy.rules import STALE_S
-from cluster.types import Adapter, Deployment, Generate, Message, Sampling, Usage
-from deployments.gateway import calls, limiting
+from cluster.types import Adapter, Deployment
+from deployments.gateway import calls
 from deployments.gateway.entrance import Entrance
 from deployments.gateway.tenancy import Tenancy, limits_of
 from tests.deployments.gateway.conftest import Server, eventually, serving
 from tests.deployments.gateway.test_specification import check
-from tests.fakes import ECHO, EchoModels, KeyRing, echo_chunks
+from tests.fakes import ECHO, EchoModels, KeyRing
 
 PROJECT = "/v1/organization/projects/acme"
 HELLO: dict[str, Any] = {"model": "echo", "messages": [{"role": "user", "content": "one two three"}], "max_completion_tokens": 10}
@@ -296,22 +294,3 @@ def test_answers_conform_to_the_published_schemas(limited: Server) -> None:
         body = {"mode": "deny_list", "model_ids": ["x"]}
         check("ProjectModelPermissions", http.post(f"{PROJECT}/model_permissions", json=body).json())
         check("ProjectModelPermissionsDeleteResponse", http.delete(f"{PROJECT}/model_permissions").json())
-
-
-@given(
-    st.lists(st.text(max_size=50), max_size=4), st.integers(1, 4), st.one_of(st.none(), st.integers(0, 200)), st.integers(1, 300)
-)
-def test_the_worst_case_is_never_passed(turns: list[str], n: int, most: int | None, room: int) -> None:
-    """Against a tokenizer that makes a token of every byte, and a model that says all it may."""
-    messages = tuple(Message("user", turn) for turn in turns)
-    request = Generate("r", "t", messages, sampling=Sampling(max_tokens=most, n=n))
-    prompt = sum(len(turn.encode()) for turn in turns)
-    if prompt <= room:
-        output = room - prompt if most is None else min(most, room - prompt)
-        assert Usage(prompt, n * output).total_tokens <= limiting.worst_case(request, room)
-
-
-def test_a_prompt_of_the_tests_model_is_within_its_bound() -> None:
-    request = Generate("r", "t", (Message("user", "one two three"),), sampling=Sampling(max_tokens=10))
-    spent = next(chunk.usage for chunk in echo_chunks(request) if chunk.usage)
-    assert spent.total_tokens <= limiting.worst_case(request, 8192)
