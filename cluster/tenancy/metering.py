@@ -1,6 +1,7 @@
 """A server's way to the ledger: an `async with` around a request reserves before it, keeps its progress and settles its end.
 
-`beat` must run as long as the server does: it says that the server lives, and settles what dead ones left. Knows no HTTP.
+`Ledger.reap` must be called three times in a lease, as long as the server lives: it says so, and settles what dead ones left. Knows
+no HTTP.
 """
 
 from __future__ import annotations
@@ -95,16 +96,6 @@ class Metering:
             raise
         finally:
             await running.settle(outcome)
-
-    async def beat(self) -> None:
-        """Renew and reap, three times in a lease, until it is cancelled."""
-        while True:
-            try:
-                await asyncio.to_thread(self._ledger.renew)
-                await asyncio.to_thread(self._ledger.reap)
-            except Exception:
-                logger.exception("the ledger's heartbeat failed")
-            await asyncio.sleep(self._ledger.lease_s / 3)
 
     async def close(self) -> None:
         await self._group.close()

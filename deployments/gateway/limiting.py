@@ -1,7 +1,7 @@
 """Around a call's work, below every entrance: whether it may begin, what it may cost at most, and what it used when it ends.
 
-In this order: the models of key and project, rate limits, the reservation against budgets, the answers that are kept, the model. Each
-is let go in the opposite order, however the call ends.
+In this order: the models of key and project, rate limits, the reservation against budgets, the answers that are kept, the model.
+Each is let go in the opposite order, however the call ends.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ async def admitted(
         most = await _bound(entrance, model, asked)
         async with (
             _limited(entrance, notes, model, most, streams=streams),
-            _metered(entrance, notes, model, most, tells=len(asked) == 1),
+            _metered(entrance, notes, model, most, len(asked)),
         ):
             yield entrance.models if entrance.cache is None else entrance.cache.view(lambda outcome: _note(notes, outcome))
     except ModelNotFound:
@@ -89,17 +89,22 @@ def _tokens(notes: Exchange, unsaid: int) -> int:
 
 
 @asynccontextmanager
-async def _metered(entrance: Entrance, notes: Exchange, model: str, most: Bound, *, tells: bool) -> AsyncIterator[None]:
-    """`tells`: whether what was said so far is made durable on the way. Of several calls that the cache answers in part it isn't
-    known yet which price it has."""
+async def _metered(entrance: Entrance, notes: Exchange, model: str, most: Bound, num_calls: int) -> AsyncIterator[None]:
+    """Of one call what was said so far is made durable on the way. Of several, which the cache may answer in part, it isn't known
+    before the end which price it has."""
     metering = entrance.tenancy.metering
     if metering is None:
         yield
         return
     assert notes.principal is not None, "authentication comes first"
-    worst = Metered(input_tokens=most.input, output_tokens=most.output)
+    worst = Metered(
+        input_tokens=most.input,
+        output_tokens=most.output,
+        replayed_tokens=most.total if entrance.cache else 0,
+        compute_seconds=round(num_calls * entrance.settings.max_stream_s * 1e6),
+    )
     async with metering.request(notes.principal, notes.request_id, model, worst) as running:
-        if tells:
+        if num_calls == 1:
             notes.on_words = lambda: running.used(notes.metered)
         try:
             yield
