@@ -15,7 +15,6 @@ from cluster.store import Store
 from cluster.tenancy.accounts import Accounts
 from cluster.tenancy.audit import Audit, keep_head
 from cluster.tenancy.chain import Actor
-from cluster.tenancy.consents import Consents
 from cluster.tenancy.counts import Meters
 from cluster.tenancy.denials import Denials
 from cluster.tenancy.idempotency import Bounds, Idempotency
@@ -63,11 +62,11 @@ class Tenancy:
     def of(cls, store: Store, settings: Settings) -> Tenancy:
         """All of it, over the platform's store and home."""
         gateway, secrets = settings.gateway, Secrets(settings.home)
-        accounts, audit = Accounts(store, secrets.pepper), Audit(store, secrets.audit_key)
+        audit = Audit(store, secrets.audit_key)
+        accounts = Accounts(store, secrets.pepper, audit=audit)
         denials = Denials(audit)
         keys = Idempotency(store, Bounds(gateway.idempotency_answer_bytes, gateway.idempotency_tenant_bytes))
-        consents = Consents(store, audit, frozenset(REDACTIONS))
-        keeper = Keeper(KeptFiles(settings.home / "kept"), consents.list, REDACTIONS, queue_bytes=gateway.kept_queue_bytes)
+        keeper = Keeper(KeptFiles(settings.home / "kept"), accounts.consents.list, REDACTIONS, queue_bytes=gateway.kept_queue_bytes)
         chores = (
             Chore("denials", 1.0, denials.write, partial(denials.write, everything=True)),
             Chore("consents", 1.0, keeper.refresh),

@@ -63,10 +63,10 @@ def show(
 @app.command()
 def issue(month: Annotated[str, typer.Argument(help=MONTH_HELP)], organization: Organization = "default") -> None:
     """Close a month that has ended and issue its invoice, once."""
-    from cluster.tenancy.invoices import Invoices
+    from mmaas.commands import accounts
 
-    with _store() as store:
-        _print(Invoices(store).issue(organization, month))
+    with accounts.opened() as opened:
+        _print(opened.invoices.issue(organization, month))
 
 
 @app.command("list")
@@ -100,12 +100,12 @@ def credit(
     import time
 
     from cluster.tenancy import money
-    from cluster.tenancy.credits import Credits
+    from mmaas.commands import accounts
     from mmaas.output import console
 
-    with _store() as store:
+    with accounts.opened() as opened:
         expires = None if days is None else time.time() + days * 86_400
-        made = Credits(store).grant(organization, money.parse(amount), reason, expires)
+        made = opened.credits.grant(organization, money.parse(amount), reason, expires)
     console().print(f"Granted {money.plain(made.amount)} to {organization}: {made.id}", markup=False)
 
 

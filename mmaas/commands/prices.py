@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mmaas.commands.platform import JSON
-
-if TYPE_CHECKING:
-    from cluster.store import Store
 
 prices = typer.Typer(help="Plans and their prices.", no_args_is_help=True)
 budgets = typer.Typer(help="The most that may be spent.", no_args_is_help=True)
@@ -45,12 +40,13 @@ def publish(
     import time
 
     from cluster.tenancy.periods import iso
-    from cluster.tenancy.prices import Prices, parse
+    from cluster.tenancy.prices import parse
+    from mmaas.commands import accounts
     from mmaas.output import console
 
-    with _store() as store:
+    with accounts.opened() as opened:
         since = time.time() + days * 86_400 if days else None
-        version = Prices(store).publish(plan, parse(file.read_text(encoding="utf-8")), since)
+        version = opened.prices.publish(plan, parse(file.read_text(encoding="utf-8")), since)
     console().print(f"Version {version.id} of {plan} counts from {iso(version.effective_at)} on", markup=False)
 
 
@@ -60,11 +56,11 @@ def list_prices(as_json: JSON = False) -> None:
     import json
 
     from cluster.tenancy.periods import iso
-    from cluster.tenancy.prices import Prices
+    from mmaas.commands import accounts
     from mmaas.output import console, write_json
 
-    with _store() as store:
-        found = Prices(store).list()
+    with accounts.opened() as opened:
+        found = opened.prices.list()
     if as_json:
         whole = [(one.id, one.plan, one.effective_at, json.loads(one.prices.model_dump_json())) for one in found]
         write_json([dict(zip(("id", "plan", "effective_at", "prices"), each, strict=True)) for each in whole])
@@ -80,11 +76,11 @@ def subscribe(
     organization: Annotated[str, typer.Option(help="Who changes to it, from now on.")] = "default",
 ) -> None:
     """Put an organization on a plan."""
-    from cluster.tenancy.prices import Prices
+    from mmaas.commands import accounts
     from mmaas.output import console
 
-    with _store() as store:
-        Prices(store).subscribe(organization, plan)
+    with accounts.opened() as opened:
+        opened.prices.subscribe(organization, plan)
     console().print(f"{organization} is on {plan}", markup=False)
 
 
@@ -97,11 +93,11 @@ def set_budget(
 ) -> None:
     """Limit what may be spent. Calls that could pass it are refused before any work."""
     from cluster.tenancy import money
-    from cluster.tenancy.budgets import Budgets
+    from mmaas.commands import accounts
     from mmaas.output import console
 
-    with _store() as store:
-        Budgets(store).set(kind.value, name, period.value, None if amount == "none" else money.parse(amount))
+    with accounts.opened() as opened:
+        opened.budgets.set(kind.value, name, period.value, None if amount == "none" else money.parse(amount))
     console().print(f"{kind.value} {name}, {period.value}: {amount}", markup=False)
 
 
@@ -111,12 +107,12 @@ def list_budgets(as_json: JSON = False) -> None:
     import time
 
     from cluster.tenancy import money
-    from cluster.tenancy.budgets import Budgets
+    from mmaas.commands import accounts
     from mmaas.output import console, write_json
 
     rows = []
-    with _store() as store:
-        known = Budgets(store)
+    with accounts.opened() as opened:
+        known = opened.budgets
         for limit in known.list():
             kind, _, name = limit.scope.partition(":")
             balance = known.balance(Kind(kind).value, name, time.time())
@@ -127,12 +123,3 @@ def list_budgets(as_json: JSON = False) -> None:
         return
     for kind, name, period, limit_text, spent, held in rows:
         console().print(f"{kind} {name}, {period}: {spent} spent and {held} reserved of {limit_text}", markup=False)
-
-
-@contextlib.contextmanager
-def _store() -> Iterator[Store]:
-    from cluster import settings
-    from mmaas.up import opened_store
-
-    with opened_store(settings.load()) as store:
-        yield store
