@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 from sqlalchemy import Connection
 
@@ -18,6 +20,7 @@ from cluster.tenancy.credits import Credits
 from cluster.tenancy.groups import Groups
 from cluster.tenancy.invites import Invites
 from cluster.tenancy.invoices import Invoices
+from cluster.tenancy.key_records import email_of
 from cluster.tenancy.keys import Keys
 from cluster.tenancy.model_permissions import ModelPermissions
 from cluster.tenancy.prices import Prices
@@ -61,7 +64,7 @@ class Accounts:
 
     def by(self, actor: Actor, request_id: str | None = None) -> Accounts:
         """The same, for one who acts."""
-        note = self._audit.by(actor, request_id) if self._audit else None
+        note = partial(_written, self._audit, actor, request_id) if self._audit else None
         return Accounts(self._store, self._pepper, self.clock, self._audit, note)
 
     def permissions(self, organization: str, kind: Kind, holder: str) -> frozenset[str]:
@@ -71,6 +74,12 @@ class Accounts:
             return frozenset().union(*(role.permissions for role in self.roles.assigned(organization, None, kind, holder)))
         with self._store.read() as connection:
             return access.in_organization(connection, organization, holder)
+
+
+def _written(audit: Audit, actor: Actor, request_id: str | None, connection: Connection, change: Change) -> None:
+    """A user's key is recorded with the user's address."""
+    email = email_of(connection, actor.id) if actor.kind == "api_key" else actor.email
+    audit.by(replace(actor, email=email), request_id)(connection, change)
 
 
 def nobody(connection: Connection, change: Change) -> None:

@@ -1,4 +1,4 @@
-"""Administrative acts: rows that change together with the audit log, in one transaction, so that there is neither without the other.
+"""Administrative acts: rows that change together with the audit log, in one transaction: there is neither without the other.
 
 What a row was and became is read from the database itself, and each row that changes has a record of its own. Records are appended
 last in a transaction, since other writers of the log wait from then on. An act that changes nothing leaves none. Who acts is the
