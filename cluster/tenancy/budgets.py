@@ -107,7 +107,7 @@ class Budgets:
         of = scope(kind, name)
         same = (budgets.c.scope == of) & (budgets.c.period == period)
         with acts.begin(self._store, self._note) as begun:
-            rows = begun.at(*_place(begun.connection, kind, name))
+            rows = begun.at(*place(begun.connection, of))
             if micro is None:
                 rows.delete("budget.deleted", budgets, same, "scope")
             else:
@@ -126,11 +126,12 @@ class Budgets:
         return found
 
 
-def _place(connection: Connection, kind: Kind, name: str) -> tuple[str, str | None]:
-    """The organization and project whose budget it is."""
+def place(connection: Connection, of: str) -> tuple[str, str | None]:
+    """The organization and the project of a scope, as far as they are known."""
+    kind, _, name = of.partition(":")
     if kind == "key":
-        of = sa.select(api_keys.c.organization_id, api_keys.c.project_id).where(api_keys.c.id == name)
-        row = connection.execute(of).one_or_none()
+        query = sa.select(api_keys.c.organization_id, api_keys.c.project_id).where(api_keys.c.id == name)
+        row = connection.execute(query).one_or_none()
         return (row[0], row[1]) if row else ("", None)
     return (projects.organization_of(connection, name), name) if kind == "project" else (name, None)
 
