@@ -29,10 +29,11 @@ from mmaas.audited import accounts_of, audit_of
 from mmaas.cli import app, run
 from mmaas.commands import adapters
 from mmaas.up import opened_store
+from tests.cluster.conftest import postgres_url  # noqa: F401 - a fixture
 from tests.cluster.tenancy.watching import watching
 
 CHANGES_NOTHING = {
-    *("down", "status", "doctor", "plan", "chat", "usage", "train", "kept list", "prices list", "budgets list"),
+    *("down", "status", "doctor", "plan", "chat", "usage", "train demo", "kept list", "prices list", "budgets list"),
     *("invoice show", "invoice list", "invoice check", "audit list", "audit verify", "audit export"),
     *("adapters list", "keys list", "projects list", "organizations list", "users list"),
 }
@@ -70,11 +71,11 @@ def commands(has: dict[str, str]) -> dict[str, list[list[str]]]:
     prices = f"{has['directory']}/prices.json"
     return {
         "deploy": [["deploy", "code", "--model", has["directory"]], ["deploy", "chat", "--model", has["directory"], "--tp", "2"]],
-        "undeploy": [["undeploy", "chat"]],
         "sleep": [["sleep", "chat"]],
         "wake": [["wake", "chat"]],
         "adapters add": [["adapters", "add", "french", "--base", "chat", "--path", has["directory"]]],
         "adapters remove": [["adapters", "remove", "german", "--base", "chat"]],
+        "undeploy": [["undeploy", "chat"]],
         "organizations create": [["organizations", "create", "other"]],
         "projects create": [["projects", "create", "shop"]],
         "projects archive": [["projects", "archive", has["old"]]],
@@ -116,13 +117,23 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+def either_home(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    if request.param == "postgres":
+        monkeypatch.setenv("MMAAS_DATABASE_URL", request.getfixturevalue("postgres_url"))
+    yield home
+    if request.param == "postgres":
+        with platform() as (store, _, _):
+            store.downgrade("base")
+
+
 def test_it_is_known_of_every_command_whether_it_changes_anything() -> None:
     has = dict.fromkeys(("project", "old", "user", "token", "key", "directory"), "x")
     assert sorted([*CHANGES_NOTHING, *commands(has), "up"]) == sorted(names(typer.main.get_command(app)))
 
 
-def test_every_command_that_changes_something_is_recorded(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, tried in commands(given(home, tmp_path)).items():
+def test_every_command_that_changes_something_is_recorded(either_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, tried in commands(given(either_home, tmp_path)).items():
         for words in tried:
             with platform() as (store, _, audit), watching(store, audit) as seen:
                 assert run(words) == 0, (words, capsys.readouterr().err)

@@ -19,6 +19,7 @@ from cluster.tenancy.projects import DEFAULT
 from deployments.gateway.openai.admin.audit_logs import PUBLISHED
 from deployments.gateway.openai.admin.routes import routes
 from deployments.gateway.tenancy import Tenancy
+from tests.cluster.conftest import postgres_url  # noqa: F401 - a fixture
 from tests.cluster.tenancy.watching import Watched, rows, watching
 from tests.deployments.gateway.conftest import Server, serving
 from tests.deployments.gateway.test_specification import check
@@ -110,14 +111,17 @@ class World:
         return answer, seen
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    store = Store(f"sqlite:///{tmp_path_factory.mktemp('acts')}/mmaas.db")
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    is_sqlite = request.param == "sqlite"
+    directory = tmp_path_factory.mktemp("acts")
+    store = Store(f"sqlite:///{directory}/mmaas.db" if is_sqlite else request.getfixturevalue("postgres_url"))
     store.migrate()
     audit = Audit(store, bytes(32))
     accounts = Accounts(store, b"pepper", audit=audit)
     with serving(tenancy=Tenancy(accounts, audit=audit)) as server:
         yield World(store, server, audit, accounts)
+    store.downgrade("base")
     store.close()
 
 

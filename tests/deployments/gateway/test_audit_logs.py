@@ -203,10 +203,10 @@ def test_users_keys_do_not_read_it(audited: Server) -> None:
 
 
 def test_acts_over_http_are_recorded_and_listed_by_name(audited: Server, logged: Logged) -> None:
-    with audited.http(KeyRing.OWNER) as http:
-        slept = http.post("/v1/models/echo/sleep")
-        http.post("/v1/models/echo/wake")
-        http.post("/v1/models/none/sleep")
+    with audited.http(KeyRing.ADMIN) as operator, audited.http(KeyRing.OWNER) as http:
+        slept = operator.post("/v1/models/echo/sleep")
+        operator.post("/v1/models/echo/wake")
+        operator.post("/v1/models/none/sleep")
         params = {"event_types[]": ["model.put_to_sleep", "model.woken"]}
         woken, asleep = http.get("/v1/organization/audit_logs", params=params).json()["data"]
         everything = http.get("/v1/organization/audit_logs", params={"event_types[]": "*", "limit": 100}).json()["data"]
