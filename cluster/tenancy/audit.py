@@ -145,8 +145,13 @@ class Audit:
         """For parts whose acts are recorded in their own transactions (`acts.py`), whoever acts."""
 
         def note(connection: Connection, change: Change) -> None:
-            where = {"organization": change.organization, "project": change.project, "request_id": request_id}
-            self.record(actor, change.action, change.target, change.before, change.after, **where, connection=connection)
+            self.record(
+                *(actor, change.action, change.target, change.before, change.after),
+                organization=change.organization,
+                project=change.project,
+                request_id=request_id,
+                connection=connection,
+            )
 
         return note
 

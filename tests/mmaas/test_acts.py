@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer
 
@@ -97,7 +96,7 @@ def commands(has: dict[str, str]) -> dict[str, list[list[str]]]:
     }
 
 
-def names(command: click.Command, before: tuple[str, ...] = ()) -> Iterator[str]:
+def names(command: Any, before: tuple[str, ...] = ()) -> Iterator[str]:
     for name, one in getattr(command, "commands", {}).items():
         if hasattr(one, "commands"):
             yield from names(one, (*before, name))
@@ -132,7 +131,9 @@ def test_it_is_known_of_every_command_whether_it_changes_anything() -> None:
     assert sorted([*CHANGES_NOTHING, *commands(has), "up"]) == sorted(names(typer.main.get_command(app)))
 
 
-def test_every_command_that_changes_something_is_recorded(either_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_that_changes_something_is_recorded(
+    either_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, tried in commands(given(either_home, tmp_path)).items():
         for words in tried:
             with platform() as (store, _, audit), watching(store, audit) as seen:
