@@ -15,7 +15,7 @@ from sqlalchemy import BigInteger, Column, Connection, Float, Integer, String, T
 
 from cluster.errors import InvalidRequest
 from cluster.store import Store, metadata
-from cluster.tenancy import money, periods
+from cluster.tenancy import money, paging, periods
 
 Period = Literal["day", "month", "total"]
 Kind = Literal["organization", "project", "key"]
@@ -96,16 +96,20 @@ class Budgets:
         self._store = store
 
     def set(self, kind: Kind, name: str, period: Period, micro: int | None) -> None:
-        """None takes the limit away. One below what is spent already refuses whatever comes. Raises InvalidRequest."""
+        """None takes the limit away. One below what is spent already refuses whatever comes. Raises InvalidRequest, Conflict."""
         if kind not in get_args(Kind) or period not in get_args(Period):
             raise InvalidRequest("a budget is an organization's, a project's or a key's, for a day, a month or in total")
         if micro is not None and not 0 <= micro <= money.LARGEST:
             raise InvalidRequest(f"a budget is between 0 and {money.plain(money.LARGEST)}", param="amount")
         of = scope(kind, name)
-        with self._store.begin() as connection:
+        with paging.unique("the budget is being changed by somebody else"), self._store.begin() as connection:
             connection.execute(budgets.delete().where(budgets.c.scope == of, budgets.c.period == period))
             if micro is not None:
                 connection.execute(budgets.insert().values(scope=of, period=period, micro=micro))
+
+    def get(self, kind: Kind, name: str, period: Period) -> Budget | None:
+        with self._store.read() as connection:
+            return next((budget for budget in read(connection, [scope(kind, name)]) if budget.period == period), None)
 
     def list(self) -> list[Budget]:
         with self._store.read() as connection:

@@ -21,7 +21,6 @@ from deployments.gateway.openai import models
 from deployments.gateway.scopes import permit_model
 from deployments.router import Answers
 
-
 _OF_TASK: dict[str, Service] = {"embed": "embeddings", "rerank": "rerank", "classify": "classify"}
 
 
@@ -92,9 +91,7 @@ def _tokens(notes: Exchange, unsaid: int) -> int:
 
 
 @asynccontextmanager
-async def _metered(
-    entrance: Entrance, notes: Exchange, model: str, most: Bound, asked: Sequence[Asked]
-) -> AsyncIterator[None]:
+async def _metered(entrance: Entrance, notes: Exchange, model: str, most: Bound, asked: Sequence[Asked]) -> AsyncIterator[None]:
     """Of one call what was said so far is made durable on the way. Of several, which the cache may answer in part, it isn't known
     before the end which price it has."""
     metering = entrance.tenancy.metering

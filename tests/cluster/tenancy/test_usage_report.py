@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -111,7 +112,10 @@ REQUESTS: st.SearchStrategy[list[Booking]] = st.lists(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    requests=REQUESTS, by=st.lists(st.sampled_from(GROUPS), unique=True), width=st.sampled_from([None, 60, 3600, DAY]), cut=st.data()
+    requests=REQUESTS,
+    by=st.lists(st.sampled_from(GROUPS), unique=True),
+    width=st.sampled_from([None, 60, 3600, DAY]),
+    cut=st.data(),
 )
 def test_sums_over_any_grouping_and_width_are_the_ledgers_totals(
     either_store: Store, requests: list[Booking], by: list[By], width: int | None, cut: st.DataObject
@@ -149,7 +153,7 @@ def cut_into(asked: Question, width: int | None, cut: st.DataObject) -> list[Que
     edges = {int(asked.start), int(asked.end), *range(int(asked.start), int(asked.end), most)}
     edges |= set(cut.draw(st.lists(st.integers(int(asked.start) + 1, int(asked.end) - 1), max_size=3)))
     ordered = sorted(edges)
-    return [replace(asked, start=begin, end=end, width_s=width) for begin, end in zip(ordered, ordered[1:], strict=False)]
+    return [replace(asked, start=begin, end=end, width_s=width) for begin, end in itertools.pairwise(ordered)]
 
 
 def total(sums: list[Sum]) -> dict[str, int]:
