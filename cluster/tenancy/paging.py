@@ -55,7 +55,7 @@ def read(connection: Connection, query: sa.Select[Any], by: tuple[Any, Any], ask
 
 
 def sliced(items: Sequence[T], key: Callable[[T], str], asked: Asked, before: str | None = None) -> Page[T]:
-    """A page of a list in memory, which has the oldest first; also the page before an item. Raises InvalidRequest for unknown ids."""
+    """A page of a list in memory, oldest first; also the page before an item. Raises InvalidRequest for unknown ids."""
     ordered = list(items) if asked.order == "asc" else list(reversed(items))
     ids = [key(item) for item in ordered]
     for name, given in (("after", asked.after), ("before", before)):
