@@ -148,6 +148,11 @@ class SpendAlerts:
         with self._store.read() as connection:
             return _read(connection, scope)
 
+    def everywhere(self) -> list[SpendAlert]:
+        """Of all organizations, for who operates the platform."""
+        with self._store.read() as connection:
+            return _made(connection.execute(sa.select(spend_alerts).order_by(spend_alerts.c.scope, spend_alerts.c.created_at)))
+
     def get(self, scope: str, alert_id: str) -> SpendAlert:
         """Raises NotFound."""
         with self._store.read() as connection:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import smtplib
 import socketserver
 import threading
@@ -29,6 +30,7 @@ NOON = Clock().now
 DAY = 86_400
 WEB = scope("project", "web")
 TO = ("ada@example.org",)
+NUMBERS = itertools.count()
 
 
 @pytest.fixture
@@ -39,8 +41,7 @@ def alerts(ledger: Ledger, either_store: Store, clock: Clock) -> SpendAlerts:
 
 
 def spend(ledger: Ledger, tokens: int) -> None:
-    request_id = f"r{spend.__dict__.setdefault('count', 0)}"
-    spend.__dict__["count"] += 1
+    request_id = f"r{next(NUMBERS)}"
     ledger.reserve(caller(), request_id, "chat", 10**6)
     ledger.settle(request_id, Metered(output_tokens=tokens), "finished")
 
