@@ -7,7 +7,7 @@ by the version in force when it was reserved.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pydantic
@@ -110,7 +110,7 @@ class Prices:
             body = connection.scalar(sa.select(price_versions.c.body).limit(1))
         return PriceList.model_validate_json(body).currency if body else FREE.currency
 
-    def of(self, organization: str) -> list[PriceVersion]:
+    def of(self, organization: str) -> Sequence[PriceVersion]:
         """All versions of the plan that an organization is on."""
         plan = self.at(organization).plan
         return [version for version in self.list() if version.plan == plan]

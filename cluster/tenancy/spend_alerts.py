@@ -143,12 +143,12 @@ class SpendAlerts:
             connection.execute(spend_alerts.insert().values(_row(made)))
         return made
 
-    def list(self, scope: str) -> list[SpendAlert]:
+    def list(self, scope: str) -> Sequence[SpendAlert]:
         """The oldest first."""
         with self._store.read() as connection:
             return _read(connection, scope)
 
-    def everywhere(self) -> list[SpendAlert]:
+    def everywhere(self) -> Sequence[SpendAlert]:
         """Of all organizations, for who operates the platform."""
         with self._store.read() as connection:
             return _made(connection.execute(sa.select(spend_alerts).order_by(spend_alerts.c.scope, spend_alerts.c.created_at)))
@@ -178,7 +178,7 @@ class SpendAlerts:
             rows = connection.execute(query.order_by(passed_alerts.c.passed_at)).all()
         return {row.alert_id: Passed(**row._mapping) for row in rows}
 
-    def evaluate(self) -> list[Passed]:
+    def evaluate(self) -> Sequence[Passed]:
         """Note what is newly passed, and return what this caller was the first to note."""
         with self._store.read() as connection:
             alerts = {alert.id: alert for alert in _made(connection.execute(_reached()))}

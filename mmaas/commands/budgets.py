@@ -98,17 +98,25 @@ def alert(
     as_json: JSON = False,
 ) -> None:
     """Tell people, once a day or month, when so much is spent. Nothing is refused by it."""
-    from cluster.tenancy import budgets, money, projects
+    from cluster.tenancy import budgets, money
     from cluster.tenancy.spend_alerts import SpendAlerts, Wish
     from mmaas.commands.accounts import say
 
     with _store() as store:
-        with store.read() as connection:
-            organization = name if kind is Place.organization else projects.owner(connection, name)
         wish = Wish(money.parse(amount), period.value, tuple(to))
-        made = SpendAlerts(store).create(organization, budgets.scope(kind.value, name), wish)
+        made = SpendAlerts(store).create(_organization(store, kind, name), budgets.scope(kind.value, name), wish)
     told = f"{made.id}: {', '.join(to)} when {kind.value} {name} has spent {amount} in a {period.value}"
     say({"id": made.id}, told, as_json=as_json)
+
+
+def _organization(store: Store, kind: Place, name: str) -> str:
+    """Raises NotFound."""
+    from cluster.tenancy import projects
+
+    if kind is Place.organization:
+        return projects.Projects(store).organization(name).id
+    with store.read() as connection:
+        return projects.owner(connection, name)
 
 
 @app.command()

@@ -91,13 +91,12 @@ def list_prices(request: Request, asked: Paged) -> Response:
 
 def preferred(accept: str) -> Format:
     """The form that an Accept header likes most of those there are; JSON if it says nothing of them."""
-    liked: list[tuple[float, Format]] = []
+    liked: list[tuple[float, Format]] = [(0.0, "json")]
     for part in accept.lower().split(","):
         kind, *more = (word.strip() for word in part.split(";"))
         weight = next((word[2:] for word in more if word.startswith("q=")), "1")
         liked += [(_weight(weight), form) for form in get_args(Format) if TYPES[form] == kind]
-    best = max(liked, key=lambda each: each[0], default=(0.0, "json"))
-    return best[1] if best[0] > 0 else "json"
+    return max(liked, key=lambda each: each[0])[1]
 
 
 def _weight(text: str) -> float:

@@ -55,7 +55,7 @@ def _ours(of: Sum) -> Shown:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One page of usage. Without an operation there is nothing on it. `constant`: groups of which there is but one value here."""
+    """One page of usage. Without an operation there is nothing on it. `more_groups`: those that have one value here."""
 
     path: str
     object: str
