@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -32,6 +32,14 @@ class Format(StrEnum):
     focus = "focus"
 
 
+_FILES: dict[Format, Literal["json", "csv", "pdf", "focus"]] = {
+    Format.json: "json",
+    Format.csv: "csv",
+    Format.pdf: "pdf",
+    Format.focus: "focus",
+}
+
+
 @app.command()
 def show(
     month: Annotated[str, typer.Argument(help=MONTH_HELP)],
@@ -48,7 +56,7 @@ def show(
         raise InvalidRequest("a PDF goes into a file: --output invoice.pdf", param="output")
     with _store() as store:
         invoice = Invoices(store).current(organization, month)
-        written = b"" if form is Format.table else InvoiceFiles(store).written(invoice, form.value)
+        written = b"" if form is Format.table else InvoiceFiles(store).written(invoice, _FILES[form])
     if output is not None and form is not Format.table:
         output.write_bytes(written)
     elif form is Format.table:

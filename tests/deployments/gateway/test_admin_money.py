@@ -257,6 +257,7 @@ def test_spend_alerts_are_made_changed_listed_and_passed(till: Till) -> None:
     assert [alert.id for alert in alerts.list(limit=1, before=made[2].id).data] == [made[1].id]
     assert alerts.list(limit=0).data == []
     assert alerts.update(made[1].id, threshold_amount=5, **{**terms, "interval": "month"}).threshold_amount == 5
+    assert alerts.retrieve(made[1].id).interval == "month"
     inside = till.organization.projects.spend_alerts
     small = inside.create(till.web, threshold_amount=0, **terms)
     assert inside.retrieve(small.id, project_id=till.web).notification_channel.subject_prefix == "Spend"
