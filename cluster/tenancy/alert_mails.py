@@ -6,6 +6,7 @@ again at the next turn, for a day. Who dies between claim and sending has lost i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import smtplib
@@ -43,19 +44,28 @@ def sender(settings: MailSettings) -> Send:
 
     def send(message: EmailMessage) -> None:
         message["From"] = settings.sender
-        context = ssl.create_default_context()
-        if settings.security == "tls":
-            server: smtplib.SMTP = smtplib.SMTP_SSL(host, settings.port, timeout=TIMEOUT_S, context=context)
-        else:
-            server = smtplib.SMTP(host, settings.port, timeout=TIMEOUT_S)
-        with server:
-            if settings.security == "starttls":
-                server.starttls(context=context)
+        with contextlib.closing(_connected(host, settings)) as server:
             if settings.user is not None and settings.password_file is not None:
                 server.login(settings.user, read_private(settings.password_file).decode().strip())
             server.send_message(message)
+            with contextlib.suppress(OSError):  # it has been taken, however the server takes its leave
+                server.quit()
 
     return send
+
+
+def _connected(host: str, settings: MailSettings) -> smtplib.SMTP:
+    context = ssl.create_default_context()
+    if settings.security == "tls":
+        return smtplib.SMTP_SSL(host, settings.port, timeout=TIMEOUT_S, context=context)
+    server = smtplib.SMTP(host, settings.port, timeout=TIMEOUT_S)
+    if settings.security == "starttls":
+        try:
+            server.starttls(context=context)
+        except BaseException:
+            server.close()
+            raise
+    return server
 
 
 class AlertMails:

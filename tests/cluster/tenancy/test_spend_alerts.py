@@ -160,7 +160,7 @@ def test_whatever_is_spent_each_threshold_is_told_once_for_each_period_that_reac
 
 
 class Postbox(socketserver.BaseRequestHandler):
-    """A server that takes every mail, as SMTP wants it, and keeps it in `server.mails`."""
+    """A server that takes every mail, keeps it in `server.mails`, and doesn't say goodbye as it should."""
 
     def handle(self) -> None:
         lines, inside = self.request.makefile("rb"), False

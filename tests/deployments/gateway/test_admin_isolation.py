@@ -94,6 +94,7 @@ class World:
             "invite_id": self.invite,
             "alert_id": self.project_alert if "/projects/" in path else self.alert,
             "invoice_id": self.invoice,
+            "rate_limit_id": "rl-echo",
             "holder_id": self.user if "/users/" in path else self.group,
         }
 
