@@ -20,6 +20,7 @@ from cluster.tenancy.metering import Metering
 from cluster.tenancy.projects import DEFAULT
 from cluster.tenancy.rating import PriceList
 from cluster.tenancy.reconcile import problems
+from cluster.tenancy.usage_report import Question
 from deployments.gateway.openai.admin.billing import preferred
 from deployments.gateway.openai.admin.usage_kinds import KINDS
 from deployments.gateway.tenancy import Tenancy
@@ -97,12 +98,16 @@ def test_calls_become_usage_of_their_kind(till: Till) -> None:
         client.embeddings.create(model="echo", input="one", encoding_format="float")
         assert http.post("/v1/rerank", json={"model": "echo", "query": "a", "documents": ["b"]}).status_code == 200
         assert http.post("/v1/classify", json={"model": "echo", "input": "a"}).status_code == 200
+        tensor = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1.0]}
+        assert http.post("/v2/models/echo/infer", json={"inputs": [tensor]}).status_code == 400, "it takes no tensors"
     counted = {}
     for kind in KINDS:
         page = till.get(f"/usage/{kind.path}?start_time={began}&bucket_width=1d&project_ids={till.web}").json()
         counted[kind.path] = sum(result["num_model_requests"] for bucket in page["data"] for result in bucket["results"])
     used = {"completions": 3, "embeddings": 1, "reranks": 1, "classifications": 1}
     assert counted == dict.fromkeys(counted, 0) | used
+    recorded = till.accounts.usage(Question(began, began + DAY, by=("operation",), only={"project": [till.web]}))
+    assert {of.group["operation"]: of.metered.requests for of in recorded}["infer"] == 0, "recorded, and what failed isn't counted"
 
 
 def test_usage_in_the_published_form(till: Till) -> None:
