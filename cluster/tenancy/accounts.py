@@ -10,7 +10,7 @@ from functools import partial
 from sqlalchemy import Connection
 
 from cluster.store import Store
-from cluster.tenancy import access
+from cluster.tenancy import access, usage_report
 from cluster.tenancy.acts import Change, Note, unnoted
 from cluster.tenancy.audit import Audit
 from cluster.tenancy.budgets import Budgets
@@ -19,6 +19,7 @@ from cluster.tenancy.consents import Consents
 from cluster.tenancy.credits import Credits
 from cluster.tenancy.groups import Groups
 from cluster.tenancy.invites import Invites
+from cluster.tenancy.invoice_files import InvoiceFiles
 from cluster.tenancy.invoices import Invoices
 from cluster.tenancy.key_records import email_of
 from cluster.tenancy.keys import Keys
@@ -28,6 +29,8 @@ from cluster.tenancy.projects import Projects
 from cluster.tenancy.rate_limits import RateLimits
 from cluster.tenancy.roles import Kind, Roles
 from cluster.tenancy.service_accounts import ServiceAccounts
+from cluster.tenancy.spend_alerts import SpendAlerts
+from cluster.tenancy.usage_report import Cost, Question, Sum
 from cluster.tenancy.users import Users
 
 
@@ -59,8 +62,10 @@ class Accounts:
         self.consents = Consents(store, clock, written)
         self.prices = Prices(store, clock, written)
         self.budgets = Budgets(store, written)
+        self.spend_alerts = SpendAlerts(store, clock, written)
         self.credits = Credits(store, clock, written)
         self.invoices = Invoices(store, clock, written)
+        self.invoice_files = InvoiceFiles(store)
 
     def by(self, actor: Actor, request_id: str | None = None) -> Accounts:
         """The same, for one who acts."""
@@ -74,6 +79,14 @@ class Accounts:
             return frozenset().union(*(role.permissions for role in self.roles.assigned(organization, None, kind, holder)))
         with self._store.read() as connection:
             return access.in_organization(connection, organization, holder)
+
+    def usage(self, asked: Question) -> list[Sum]:
+        """Raises InvalidRequest."""
+        return usage_report.usage(self._store, asked)
+
+    def costs(self, asked: Question) -> list[Cost]:
+        """Raises InvalidRequest."""
+        return usage_report.costs(self._store, asked)
 
 
 def _written(audit: Audit, actor: Actor, request_id: str | None, connection: Connection, change: Change) -> None:

@@ -99,7 +99,7 @@ class Budgets:
         self._note = note
 
     def set(self, kind: Kind, name: str, period: Period, micro: int | None) -> None:
-        """None takes the limit away. One below what is spent already refuses whatever comes. Raises InvalidRequest."""
+        """None takes the limit away. One below what is spent already refuses whatever comes. Raises InvalidRequest, Conflict."""
         if kind not in get_args(Kind) or period not in get_args(Period):
             raise InvalidRequest("a budget is an organization's, a project's or a key's, for a day, a month or in total")
         if micro is not None and not 0 <= micro <= money.LARGEST:
@@ -112,6 +112,10 @@ class Budgets:
                 rows.delete("budget.deleted", budgets, same, "scope")
             else:
                 rows.put("budget.updated", budgets, same, {"scope": of, "period": period, "micro": micro}, "scope")
+
+    def get(self, kind: Kind, name: str, period: Period) -> Budget | None:
+        with self._store.read() as connection:
+            return next((budget for budget in read(connection, [scope(kind, name)]) if budget.period == period), None)
 
     def list(self) -> list[Budget]:
         with self._store.read() as connection:

@@ -99,6 +99,13 @@ class Invoices:
         with self._store.read() as connection:
             return self._composed(connection, organization, periods.parse_month(month))
 
+    def current(self, organization: str, month: str) -> Invoice:
+        """The invoice if it was issued, else its draft."""
+        try:
+            return self.get(organization, month)
+        except NotFound:
+            return self.draft(organization, month)
+
     def issue(self, organization: str, month: str) -> Invoice:
         """Close the month; an invoice that was issued before is returned as it is. Raises Conflict before the month has ended."""
         number, now = periods.parse_month(month), self._clock()

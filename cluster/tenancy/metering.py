@@ -16,7 +16,7 @@ from cluster.errors import Conflict, LedgerUnavailable, PlatformError, ReplicaLo
 from cluster.tenancy.books import Progress, Settle, Settled
 from cluster.tenancy.group_commit import GroupCommit
 from cluster.tenancy.ledger import Ledger, reservation
-from cluster.tenancy.metered import NOTHING, Metered, Outcome
+from cluster.tenancy.metered import NOTHING, Metered, Outcome, Service
 from cluster.types import Principal, Usage
 
 logger = logging.getLogger(__name__)
@@ -79,10 +79,12 @@ class Metering:
         self._group = GroupCommit(ledger.apply)
 
     @asynccontextmanager
-    async def request(self, principal: Principal, request_id: str, model: str, worst: int | Metered) -> AsyncIterator[Running]:
+    async def request(
+        self, principal: Principal, request_id: str, model: str, worst: int | Metered, operation: Service = "completions"
+    ) -> AsyncIterator[Running]:
         """Raises BudgetExceeded before the body has run. The body calls `Running.used`."""
         running = Running(self._group, request_id, self._clock)
-        asked = asyncio.ensure_future(self._group.do(reservation(principal, request_id, model, worst)))
+        asked = asyncio.ensure_future(self._group.do(reservation(principal, request_id, model, worst, operation)))
         try:
             await asyncio.shield(asked)
         except asyncio.CancelledError:

@@ -7,7 +7,7 @@ by the version in force when it was reserved.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pydantic
@@ -105,6 +105,17 @@ class Prices:
         with self._store.read() as connection:
             rows = connection.execute(sa.select(price_versions).order_by("plan", "effective_at", "id")).all()
         return [PriceVersion(row.id, row.plan, row.effective_at, PriceList.model_validate_json(row.body)) for row in rows]
+
+    def currency(self) -> str:
+        """The platform's one currency, three capital letters."""
+        with self._store.read() as connection:
+            body = connection.scalar(sa.select(price_versions.c.body).limit(1))
+        return PriceList.model_validate_json(body).currency if body else FREE.currency
+
+    def of(self, organization: str) -> Sequence[PriceVersion]:
+        """All versions of the plan that an organization is on."""
+        plan = self.at(organization).plan
+        return [version for version in self.list() if version.plan == plan]
 
     def at(self, organization: str, at: float | None = None) -> PriceVersion:
         """The version in force for an organization."""

@@ -85,6 +85,11 @@ class Projects:
             row = paging.only(connection.execute(query).one_or_none(), "organization")
         return Organization(row.id, row.name, row.created_at)
 
+    def owner(self, project: str) -> str:
+        """The organization of a project, for the command line, which asks for none. Raises NotFound."""
+        with self._store.read() as connection:
+            return paging.only(organization_of(connection, project) or None, "project")
+
     def create(self, organization: str, name: str) -> Project:
         """Raises InvalidRequest for its name, NotFound for the organization."""
         self.organization(organization)
@@ -135,11 +140,6 @@ def find_live(connection: Connection, organization: str, project: str) -> Projec
     if found.archived_at is not None:
         raise Conflict("The project is archived.")
     return found
-
-
-def owner(connection: Connection, project: str) -> str:
-    """The organization of a project, for the command line, which asks for none. Raises NotFound."""
-    return paging.only(organization_of(connection, project) or None, "project")
 
 
 def organization_of(connection: Connection, project: str) -> str:

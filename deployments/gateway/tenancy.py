@@ -13,6 +13,7 @@ from cluster.private_files import Secrets
 from cluster.settings import GatewaySettings, Settings
 from cluster.store import Store
 from cluster.tenancy.accounts import Accounts
+from cluster.tenancy.alert_mails import AlertMails, sender
 from cluster.tenancy.audit import Audit, keep_head
 from cluster.tenancy.chain import Actor
 from cluster.tenancy.counts import Meters
@@ -67,14 +68,17 @@ class Tenancy:
         denials = Denials(audit)
         keys = Idempotency(store, Bounds(gateway.idempotency_answer_bytes, gateway.idempotency_tenant_bytes))
         keeper = Keeper(KeptFiles(settings.home / "kept"), accounts.consents.list, REDACTIONS, queue_bytes=gateway.kept_queue_bytes)
-        chores = (
+        chores: tuple[Chore, ...] = (
             Chore("denials", 1.0, denials.write, partial(denials.write, everything=True)),
+            Chore("spend alerts", 5.0, accounts.spend_alerts.evaluate),
             Chore("consents", 1.0, keeper.refresh),
             Chore("kept calls", 10.0, keeper.write),
             Chore("audit head", 60.0, lambda: keep_head(audit, settings.home / "audit" / "head.json")),
             Chore("idempotency keys", 60.0, keys.purge),
             Chore("old kept calls", 3600.0, keeper.expire),
         )
+        if settings.mail.host is not None:
+            chores += (Chore("mails", 30.0, AlertMails(store, sender(settings.mail)).deliver),)
         ledger = Ledger(store)
         return cls(
             accounts,
