@@ -17,8 +17,15 @@ Document = dict[str, Any]
 ANYWHERE = (400, 408, 413, 421, 500, 503)
 """How any route may refuse, whoever asks: heads, bodies and a full house."""
 WITH_KEY = (401, 403, 404, 429)
-WITH_BODY = (409, 504)
-"""Of a route that does something: a conflict, and a model that takes too long."""
+DOING = (409, 422, 504)
+"""Of a route that does something: a conflict, an idempotency key of another call, and a model that takes too long."""
+ONCE = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "Calls with the same key are executed once; the first answer is given again for a day.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
+}
 
 _REFUSAL = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
 _STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "Chunks, if `stream` is true."}}}
@@ -41,9 +48,13 @@ def _complete(operation: Document, method: str, scope: str) -> None:
     operation["x-scope"] = scope
     if scope != PUBLIC:
         operation["security"] = [{"key": []}]
+    does = scope != PUBLIC and method != "GET"
+    if does:
+        operation.setdefault("parameters", []).append(ONCE)
     answers = operation["responses"]
-    answers.pop("default", None)
-    for status in (*ANYWHERE, *(WITH_KEY if scope != PUBLIC else ()), *(WITH_BODY if method == "POST" else ())):
+    for not_ours in ("default", "422"):  # FastAPI's own, which it would answer where we say 400
+        answers.pop(not_ours, None)
+    for status in (*ANYWHERE, *(WITH_KEY if scope != PUBLIC else ()), *(DOING if does else ())):
         answers.setdefault(str(status), {"description": HTTPStatus(status).phrase, "content": _REFUSAL})
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
     if "stream" in body.get("properties", {}):
