@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import pytest
@@ -93,21 +94,12 @@ class Attack:
 
 def requests(place: Place, text: str, key: str, others: Mapping[str, str]) -> Iterator[bytes]:
     headers = f"Host: a\r\nAuthorization: Bearer {key}\r\n"
-    if place.kind == "body":
-        body = json.dumps(with_string(place, text)).encode(errors="surrogatepass")
-        [target, *_] = targets(place, "", others)
-        head = f"{place.method} {target.partition('?')[0]} HTTP/1.1\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
-        yield head.encode() + body
-    elif place.kind == "header":
-        if re.fullmatch(r"[ -~]*", text):
-            [target, *_] = targets(place, "", others)
-            head = (
-                f"{place.method} {target.partition('?')[0]} HTTP/1.1\r\n{headers}{place.name}: {text}\r\nContent-Length: 0\r\n\r\n"
-            )
-            yield head.encode()
-    else:
-        for target in targets(place, text, others):
-            yield f"{place.method} {target} HTTP/1.1\r\n{headers}Content-Length: 0\r\n\r\n".encode()
+    body = json.dumps(with_string(place, text)).encode(errors="surrogatepass") if place.kind == "body" else b""
+    if place.kind == "header":
+        headers += f"{place.name}: {text if re.fullmatch(r'[ -~]*', text) else quote(text)}\r\n"
+    beside = [targets(place, "", others)[0].partition("?")[0]]
+    for target in targets(place, text, others) if place.kind in ("path", "query") else beside:
+        yield f"{place.method} {target} HTTP/1.1\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def read(connection: socket.socket) -> tuple[int, bytes, bool]:

@@ -1,7 +1,7 @@
 """Whatever names an object x the objects of one tenant x the keys of another: byte for byte as if the object were not there.
 
-Places are those of the OpenAPI document (parameters of paths and queries, strings in bodies), objects those that a tenant has one of
-(`whole.py`), so that a later route or kind of object is in the matrix by itself, or fails it. Both databases.
+Places are those of the OpenAPI document (parameters of paths and queries, strings in bodies), objects those that a tenant has one
+of (`whole.py`), so that a later route or kind of object is in the matrix by itself, or fails it. Both databases.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ class Pair:
 
     def their_rows(self) -> set[str]:
         """Those that name anything of theirs."""
-        named = re.compile(
-            "|".join([self.theirs.organization, *(id for kind, id in self.theirs.ids.items() if kind not in SHARED)])
-        )
+        named = re.compile("|".join([self.theirs.organization, *owned(self.theirs).values()]))
         return {f"{name} {row}" for name, rows in self.rows().items() for row in rows if named.search(str(row))}
 
 

@@ -1,8 +1,8 @@
 """Secrets planted where they belong and where callers put them by mistake; none may turn up anywhere else.
 
-Every operation is driven: rightly, with a key in every place that takes a string, and with a fault inside. Looked at are every answer,
-every log record as it is written, metrics, every table, the database's raw bytes and every file of the platform but its secrets. So are
-the texts of a project that didn't agree to have them kept.
+Every operation is driven: rightly, with a key in every place that takes a string, and with a fault inside. Looked at are every
+answer, every log record as it is written, metrics, every table, the database's raw bytes and every file of the platform but its
+secrets. So are the texts of a project that didn't agree to have them kept.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def say(driven: Driven, operation: Operation, tenant: Tenant, words: str) -> Non
 
 
 def spend(driven: Driven, operation: Operation, tenant: Tenant) -> None:
-    """A key wherever the operation takes a string, but for what a caller wants stored. A model's name is told back to its caller."""
+    """A key wherever the operation takes a string, but for what a caller wants stored. A model's name is told back."""
     for place in places({**document(), "paths": {operation.path: {operation.method.lower(): operation.facts}}}):
         if place.kind != "body" or operation.scope == INFERENCE:
             for options in misplaced(place, tenant.project_key):

@@ -1,4 +1,4 @@
-"""Answers against the published OpenAPI specification of the OpenAI API, where `test_conformance.py` has one form of them: the others."""
+"""Answers of models in all their forms, and refusals, against the published OpenAPI specification of the OpenAI API."""
 
 from __future__ import annotations
 

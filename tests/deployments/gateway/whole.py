@@ -1,8 +1,8 @@
 """The whole gateway over a real store, and tenants alike that have one of everything: what tests are generated over.
 
-`OPERATIONS` are all routes of an application that has every part. Objects are made over HTTP by the routes that make them: a path that
-ends in a parameter has its object from the POST on the path before it, so that later kinds of objects come by themselves. What a tenant
-can't be given that way fails `Tenant.path` by name.
+`OPERATIONS` are all routes of an application that has every part. Objects are made over HTTP by the routes that make them: a path
+that ends in a parameter has its object from the POST on the path before it, so that later kinds of objects come by themselves. What a
+tenant can't be given that way fails `Tenant.path` by name.
 """
 
 from __future__ import annotations
@@ -127,13 +127,11 @@ class Tenant:
     made: list[str] = field(default_factory=list)  # the operations that made something
 
     def path(self, path: str, **others: str) -> str:
-        """With ids of ours, or those of `others`, in the place of parameters. Raises AssertionError for a kind that we have none of."""
+        """With ids of ours, or those of `others`, in the place of parameters. Raises AssertionError for a kind we have none of."""
 
         def put(match: re.Match[str]) -> str:
             kind = kind_of(path, match[1])
-            assert kind in self.ids, (
-                f"{path}: no object for {{{match[1]}}}: teach tests/deployments/gateway/whole.py to make {kind!r}"
-            )
+            assert kind in self.ids, f"{path}: teach tests/deployments/gateway/whole.py to make one of {kind!r} for {match[1]}"
             return others.get(match[1], self.ids[kind])
 
         return PARAMETER.sub(put, path)
