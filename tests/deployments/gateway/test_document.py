@@ -1,4 +1,4 @@
-"""Our OpenAPI document against the whole gateway, by schemathesis: right and wrong requests for every operation, walks over several.
+"""Our OpenAPI document against the whole gateway, by schemathesis: right and wrong requests to every operation, and walks.
 
 No answer is a fault of ours, none has a status, a type or a form that the document doesn't name. `FUZZ_EXAMPLES` says how many
 requests of a kind an operation gets, 10 unless it is set; `make fuzz` asks for 200. Planted bugs are found.

@@ -20,6 +20,7 @@ from cluster.store import metadata
 from cluster.tenancy import groups, projects, roles, users
 from cluster.tenancy.permissions import INFERENCE
 from cluster.tenancy.projects import organizations
+from deployments.gateway import limiting
 from tests.cluster.conftest import postgres_url  # noqa: F401 - a fixture
 from tests.deployments.gateway.hostile import json_copy, put, ways
 from tests.deployments.gateway.whole import OPERATIONS, Operation, Tenant, Whole, kind_of, whole
@@ -161,6 +162,50 @@ def careless(find: Any) -> Any:
                 reason = error
         raise reason
 
+    return found
+
+
+def test_an_id_in_a_body_that_is_taken_for_ours_is_found(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = Pair(pair.gateway, pair.theirs, pair.gateway.tenant())
+    monkeypatch.setattr(users, "find", careless(users.find))
+    assert any("body" in found for found in told_apart_elsewhere(fresh, {"users": pair.theirs.ids["users"]}))
+
+
+def test_a_model_that_a_project_may_not_use_answers_like_none(pair: Pair) -> None:
+    tenant = pair.gateway.tenant()
+    forbid_echo(pair.gateway, tenant)
+    assert told_apart_by_model(tenant) == []
+
+
+def test_a_model_that_is_only_refused_is_found(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    tenant = pair.gateway.tenant()
+    forbid_echo(pair.gateway, tenant)
+
+    async def everything(entrance: Any, notes: Any) -> Any:
+        return await entrance.models.list(), await entrance.models.adapters()
+
+    monkeypatch.setattr(limiting, "permitted", everything)
+    assert told_apart_by_model(tenant)
+
+
+def forbid_echo(gateway: Whole, tenant: Tenant) -> None:
+    gateway.accounts.model_permissions.put(tenant.ids["projects"], "deny_list", ["echo"])
+
+
+def told_apart_by_model(tenant: Tenant) -> list[str]:
+    """Where a model that there is, and isn't for this project, is not answered like one that there isn't."""
+    found = []
+    for operation in OPERATIONS:
+        body = operation.body or {}
+        in_path, in_body = "models" in operation.kinds, "model" in body.get("properties", {})
+        if operation.scope == INFERENCE and (in_path or in_body):
+            answers = []
+            for name in ("echo", "none"):
+                path = tenant.path(operation.path, model=name) if in_path else tenant.path(operation.path)
+                sent = (tenant.body(operation) or {}) | ({"model": name} if in_body else {})
+                answers.append(said(tenant.ask(operation, path=path, json=sent if operation.body else None), name))
+            if answers[0] != answers[1] or answers[0][0] != 404:
+                found.append(f"{operation}: {answers}")
     return found
 
 

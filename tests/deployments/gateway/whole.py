@@ -1,8 +1,8 @@
 """The whole gateway over a real store, and tenants alike that have one of everything: what tests are generated over.
 
 `OPERATIONS` are all routes of an application that has every part. Objects are made over HTTP by the routes that make them: a path
-that ends in a parameter has its object from the POST on the path before it, so that later kinds of objects come by themselves. What a
-tenant can't be given that way fails `Tenant.path` by name.
+that ends in a parameter has its object from the POST on the path before it, so that later kinds of objects come by themselves.
+What a tenant can't be given that way fails `Tenant.path` by name.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from cluster.tenancy.accounts import Accounts
 from cluster.tenancy.permissions import INFERENCE
 from cluster.tenancy.projects import DEFAULT
 from deployments.gateway.app import build_app
+from deployments.gateway.keys import Verify
 from deployments.gateway.scopes import PUBLIC
 from deployments.gateway.tenancy import Tenancy
+from deployments.gateway.wire import Wire
 from tests.deployments.gateway.conftest import Server, serving
 from tests.deployments.gateway.hostile import branches, resolved, smallest
 from tests.fakes import EchoModels
@@ -233,17 +235,24 @@ class Whole:
 
 
 @contextlib.contextmanager
-def whole(directory: Path, database_url: str | None = None, models: EchoModels | None = None, **options: Any) -> Iterator[Whole]:
-    """With a home in `directory`, and the store there or in an empty Postgres, which is left empty."""
+def whole(
+    directory: Path,
+    database_url: str | None = None,
+    models: EchoModels | None = None,
+    verify: Verify | None = None,
+    wire: type[Wire] = Wire,
+) -> Iterator[Whole]:
+    """With a home in `directory`, and the store there or in an empty Postgres, which is left empty. Keys are the store's, unless
+    something else is to verify them."""
     settings = Settings(home=directory, database_url=database_url)
     store = Store(settings.store_url)
     store.migrate()
     tenancy, models = Tenancy.of(store, settings), models or EchoModels()
     assert tenancy.accounts is not None
-    app = build_app(models, tenancy.accounts.keys.verify, settings.gateway, tenancy=tenancy)
+    app = build_app(models, verify or tenancy.accounts.keys.verify, settings.gateway, tenancy=tenancy)
     _, operator = tenancy.accounts.keys.create_admin(DEFAULT, "operator", ["admin"])
     try:
-        with serving(models, tenancy=tenancy, app=app, **options) as server:
+        with serving(models, app=app, wire=wire) as server:
             yield Whole(app, server, store, settings, tenancy, operator)
     finally:
         store.downgrade("base")
