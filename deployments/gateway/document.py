@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from deployments.gateway.protocols import is_open_inference
 from deployments.gateway.scopes import PUBLIC, ScopedRoute
 
 Document = dict[str, Any]
@@ -27,7 +28,11 @@ ONCE = {
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
 }
 
-_REFUSAL = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
+_REFUSALS = {
+    is_open: {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+    for is_open, name in ((False, "ErrorResponse"), (True, "Failure"))
+}
+"""By whether a path belongs to the Open Inference Protocol."""
 _STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "Chunks, if `stream` is true."}}}
 
 
@@ -39,12 +44,13 @@ def openapi(app: FastAPI) -> Document:
         for route in app.routes:
             if isinstance(route, ScopedRoute) and route.include_in_schema:
                 for method in route.methods or ():
-                    _complete(found["paths"][route.path_format][method.lower()], method, route.scope)
+                    _complete(found["paths"][route.path_format][method.lower()], method, route)
     assert app.openapi_schema is not None
     return app.openapi_schema
 
 
-def _complete(operation: Document, method: str, scope: str) -> None:
+def _complete(operation: Document, method: str, route: ScopedRoute) -> None:
+    scope, refusal = route.scope, _REFUSALS[is_open_inference(route.path)]
     operation["x-scope"] = scope
     if scope != PUBLIC:
         operation["security"] = [{"key": []}]
@@ -55,7 +61,7 @@ def _complete(operation: Document, method: str, scope: str) -> None:
     for not_ours in ("default", "422"):  # FastAPI's own, which it would answer where we say 400
         answers.pop(not_ours, None)
     for status in (*ANYWHERE, *(WITH_KEY if scope != PUBLIC else ()), *(DOING if does else ())):
-        answers.setdefault(str(status), {"description": HTTPStatus(status).phrase, "content": _REFUSAL})
+        answers.setdefault(str(status), {"description": HTTPStatus(status).phrase, "content": refusal})
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
     if "stream" in body.get("properties", {}):
         answers["200"]["content"] |= _STREAM

@@ -23,6 +23,7 @@ from starlette.responses import Response
 
 from cluster.settings import GatewaySettings
 from deployments.gateway.app import build_app
+from deployments.gateway.protocols import is_open_inference
 from deployments.gateway.scopes import ScopedRoute, requires
 from tests.deployments.gateway.conftest import Server, serving
 from tests.deployments.gateway.hostile import LEAKS, PRODUCT, Place, corpus, places, targets, with_string
@@ -84,7 +85,7 @@ class Attack:
         said = body.decode(errors="replace")
         if status not in self.documented[place.method, place.path] and status not in (404, 405, 431):
             self.found.append(f"{place}: {text[:40]!r}: {status}")
-        if status >= 400 and not is_envelope(said):
+        if status >= 400 and not is_refusal(said, place.path):
             self.found.append(f"{place}: {text[:40]!r}: no envelope in {said[:80]!r}")
         if status >= 400 and (leak := LEAKS.search(without(text[:256], unescaped(said)))):
             self.found.append(f"{place}: {text[:40]!r}: says {leak[0]!r}")
@@ -123,16 +124,19 @@ def more(connection: socket.socket, received: bytes, is_enough: Callable[[bytes]
     return received
 
 
-def is_envelope(said: str) -> bool:
+def is_refusal(said: str, path: str) -> bool:
+    """OpenAI's envelope; under /v2 a string is enough."""
     try:
-        return set(json.loads(said)["error"]) == {"message", "type", "param", "code"}
+        error = json.loads(said)["error"]
+        return is_open_inference(path) or set(error) == {"message", "type", "param", "code"}
     except (ValueError, KeyError, TypeError):
         return False
 
 
 def unescaped(said: str) -> str:
     try:
-        return " ".join(str(value) for value in json.loads(said)["error"].values())
+        error = json.loads(said)["error"]
+        return error if isinstance(error, str) else " ".join(str(value) for value in error.values())
     except (ValueError, KeyError, TypeError):
         return said
 

@@ -20,9 +20,10 @@ from cluster.store import metadata
 from cluster.tenancy import groups, projects, roles, users
 from cluster.tenancy.permissions import INFERENCE
 from cluster.tenancy.projects import organizations
-from deployments.gateway import limiting
+from deployments.gateway import limiting, once
+from deployments.gateway.scopes import PUBLIC
 from tests.cluster.conftest import postgres_url  # noqa: F401 - a fixture
-from tests.deployments.gateway.hostile import json_copy, put, ways
+from tests.deployments.gateway.hostile import json_copy, put, smallest, ways
 from tests.deployments.gateway.whole import OPERATIONS, Operation, Tenant, Whole, kind_of, whole
 
 SHARED = frozenset({"models", "versions", "rate_limits"})
@@ -70,7 +71,7 @@ def said(answer: httpx.Response, *named: str) -> tuple[int, str]:
     return answer.status_code, OWN.sub("#", text)
 
 
-def in_paths(pair: Pair) -> Iterator[tuple[Operation, list[str]]]:
+def in_paths() -> Iterator[tuple[Operation, list[str]]]:
     """Each owned parameter of a path alone, and all together."""
     for operation in OPERATIONS:
         owned = [name for name, kind in zip(operation.parameters, operation.kinds, strict=True) if kind not in SHARED]
@@ -82,7 +83,7 @@ def in_paths(pair: Pair) -> Iterator[tuple[Operation, list[str]]]:
 def told_apart_in_paths(pair: Pair) -> list[str]:
     """Where a path with somebody else's object is not answered like one with none."""
     found = []
-    for operation, names in in_paths(pair):
+    for operation, names in in_paths():
         ids = {name: pair.theirs.ids[kind_of(operation.path, name)] for name in names}
         answers = []
         for chosen in (ids, {name: nobodys(id) for name, id in ids.items()}):
@@ -108,9 +109,25 @@ def strings(operation: Operation) -> Iterator[tuple[str, Callable[[Tenant, str],
 
 
 def with_text(operation: Operation, tenant: Tenant, way: tuple[str | int, ...], text: str) -> dict[str, Any]:
+    """A right body but for the text; what must stand around it is right, too."""
     body: dict[str, Any] = json_copy(tenant.body(operation))
     put(body, operation.body or {}, way, text)
-    return body
+    around = meant(body, tenant.given(operation) | {"id": tenant.ids["projects"]})
+    put(around, operation.body or {}, way, text)
+    assert isinstance(around, dict)
+    return around
+
+
+def meant(node: Any, given: Mapping[str, Any]) -> Any:
+    """With what fields say in the place of what `hostile.smallest` puts there."""
+    if isinstance(node, list):
+        return [meant(item, given) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        name: given.get(name, value) if value == smallest({"type": "string"}) else meant(value, given)
+        for name, value in node.items()
+    }
 
 
 def told_apart_elsewhere(pair: Pair, kinds: Mapping[str, str]) -> list[str]:
@@ -133,7 +150,7 @@ def owned(tenant: Tenant) -> dict[str, str]:
 
 
 def test_enough_is_in_the_matrix(pair: Pair) -> None:
-    assert len(list(in_paths(pair))) > 90
+    assert len(list(in_paths())) > 90
     assert len(owned(pair.theirs)) >= 9
     assert len(pair.mine.made) > 10
 
@@ -207,6 +224,28 @@ def told_apart_by_model(tenant: Tenant) -> list[str]:
             if answers[0] != answers[1] or answers[0][0] != 404:
                 found.append(f"{operation}: {answers}")
     return found
+
+
+def replayed_to_others(pair: Pair) -> list[str]:
+    """Where a key of idempotency that they have used means anything to us."""
+    theirs, mine, found = pair.gateway.tenant(), pair.gateway.tenant(), []
+    for operation in OPERATIONS:
+        if operation.method != "GET" and operation.scope not in ("admin", PUBLIC):
+            key = {"Idempotency-Key": str(operation)}
+            body = theirs.body(operation)
+            first, again = theirs.ask(operation, headers=key, json=body), mine.ask(operation, headers=key, json=body)
+            if "idempotent-replayed" in again.headers or again.status_code in (409, 422) or first.text == again.text != "{}":
+                found.append(f"{operation}: {first.status_code}, then {again.status_code} {again.text[:80]}")
+    return found
+
+
+def test_idempotency_keys_of_others_mean_nothing(pair: Pair) -> None:
+    assert replayed_to_others(pair) == []
+
+
+def test_idempotency_keys_that_all_administrators_share_are_found(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(once, "owner_of", lambda principal: principal.tenant)
+    assert replayed_to_others(pair)
 
 
 @pytest.mark.parametrize("module", [projects, users, groups, roles], ids=lambda module: module.__name__)

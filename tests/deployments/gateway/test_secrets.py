@@ -89,13 +89,13 @@ def drive(driven: Driven) -> None:
     """Everything, by a tenant of its own each."""
     quiet, open_ = driven.gateway.tenant("quiet"), driven.gateway.tenant("open")
     for tenant in (quiet, open_):
-        driven.secrets |= {f"key {key[3:15]}": key[15:79] for key in (tenant.owner_key, tenant.project_key)}
+        driven.secrets |= {f"key {key[3:15]}": secret_of(key) for key in (tenant.owner_key, tenant.project_key)}
     agreed(driven.gateway, open_)
     for chore in driven.gateway.tenancy.chores:
         do(chore)
     for operation in sorted(OPERATIONS, key=lambda one: one.method == "DELETE"):  # these last
         say(driven, operation, quiet, WORDS)
-        say(driven, operation, open_, "sesame")
+        say(driven, operation, open_, "sesame", {"Idempotency-Key": f"once for {operation}"})
         spend(driven, operation, quiet)
     driven.gateway.server.models.error = RuntimeError(f"a fault that quotes {quiet.project_key}")
     for operation in OPERATIONS:
@@ -111,15 +111,20 @@ def agreed(gateway: Whole, tenant: Tenant) -> None:
     consents.put(Actor("system", "test"), Consent(tenant.ids["projects"], 1))
 
 
-def say(driven: Driven, operation: Operation, tenant: Tenant, words: str) -> None:
+def secret_of(text: str) -> str:
+    """The part of a key that proves something; a token whole."""
+    return text[15:79] if text.startswith("mk_") else text
+
+
+def say(driven: Driven, operation: Operation, tenant: Tenant, words: str, headers: dict[str, str] | None = None) -> None:
     """A right call. Keys that it makes are secrets from then on."""
     body: Any = json.loads(json.dumps(tenant.body(operation)).replace("one two", words))
-    answer = tenant.ask(operation, driven.gateway.key(operation, tenant), json=body)
+    answer = tenant.ask(operation, driven.gateway.key(operation, tenant), json=body, headers=headers or {})
     driven.keep(str(operation), answer)
     if answer.status_code == 200 and operation.method == "POST" and operation.scope != INFERENCE:
         said = answer.json()
         made = [said.get("value"), said.get("token"), (said.get("api_key") or {}).get("value")]
-        driven.secrets |= {f"made by {operation}": text[15:79] for text in made if text}
+        driven.secrets |= {f"{len(driven.secrets)} by {operation}": secret_of(text) for text in made if text}
 
 
 def spend(driven: Driven, operation: Operation, tenant: Tenant) -> None:

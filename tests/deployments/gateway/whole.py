@@ -91,30 +91,39 @@ def document() -> dict[str, Any]:
 OPERATIONS = operations(document())
 
 
+OF_PROJECTS = frozenset({"roles", "spend_alerts"})
+"""Kinds that organizations have, and projects have others of."""
+
+
 def kind_of(path: str, parameter: str) -> str:
-    """What a parameter of a path names: the word before it, where projects have roles of their own."""
+    """What a parameter of a path names: the word before it."""
     before = path[: re.search(rf"\{{{parameter}(?::path)?\}}", path).start()].rstrip("/")  # type: ignore[union-attr]
     word = before.rpartition("/")[2]
-    return f"project {word}" if word == "roles" and "/projects/" in path else word
+    return f"project {word}" if word in OF_PROJECTS and "/projects/" in path else word
 
 
 REFERENCES = {"user_id": "users", "group_id": "groups", "role_id": "roles", "project_id": "projects", "api_key_id": "api_keys"}
-"""Fields of bodies and names in queries that name an object, and of which kind."""
+"""Fields of bodies that name an object, and of which kind."""
 
 PLAIN: dict[str, Any] = {
     "name": "one",
     "role_name": "one",
     "role": "owner",
-    "permissions": ["annotate"],
     "model_ids": ["echo"],
     "model": "echo",
     "prompt": "one two",
     "input": "one two",
     "messages": [{"role": "user", "content": "one two"}],
+    "query": "one two",
+    "documents": ["one two"],
+    "encoding_format": "float",
     "currency": "USD",
     "recipients": ["ada@example.org"],
 }
 """What fields mean that a schema can't say."""
+
+OPTIONAL = frozenset({*REFERENCES, "encoding_format"})
+"""What is said where it may be."""
 
 
 @dataclass
@@ -142,17 +151,17 @@ class Tenant:
         """Ours with the most rights for an operation."""
         return self.project_key if operation.scope in (INFERENCE, PUBLIC) else self.owner_key
 
-    def body(self, operation: Operation) -> dict[str, Any] | None:
-        """A right body, with objects of ours."""
-        if operation.body is None:
-            return None
+    def given(self, operation: Operation) -> dict[str, Any]:
+        """What fields of a body say, with objects of ours."""
         ours = {name: self.ids[kind] for name, kind in REFERENCES.items() if kind in self.ids}
         if operation.path.startswith("/v1/projects/"):
             ours["role_id"] = self.ids.get("project roles", "")
-        given = PLAIN | ours | {"email": f"{next(_serial)}@example.org"}
-        if operation.path == "/v1/organization/roles":
-            given["permissions"] = ["keys.read"]
-        return filled(operation.body, given)
+        permissions = ["annotate" if "/projects/" in operation.path else "keys.read"]
+        return PLAIN | ours | {"email": f"{next(_serial)}@example.org", "permissions": permissions}
+
+    def body(self, operation: Operation) -> dict[str, Any] | None:
+        """A right body."""
+        return None if operation.body is None else filled(operation.body, self.given(operation))
 
     def query(self, operation: Operation) -> dict[str, Any]:
         """What the query must have."""
@@ -184,7 +193,7 @@ def filled(schema: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     for name, inner in fields.get("properties", {}).items():
         if name in body and isinstance(body[name], dict):
             body[name] = filled(inner, given)
-        elif name in given and (name in body or name in REFERENCES) and takes(inner, given[name]):
+        elif name in given and (name in body or name in OPTIONAL) and takes(inner, given[name]):
             body[name] = given[name]
     return body
 
