@@ -5,6 +5,7 @@ A test holds the answers of every route against it, so a status that isn't here 
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -57,6 +58,7 @@ def _complete(operation: Document, method: str, route: ScopedRoute) -> None:
     does = scope != PUBLIC and method != "GET"
     if does:
         operation.setdefault("parameters", []).append(ONCE)
+    _name_the_rest(operation, route.path_format)
     answers = operation["responses"]
     for not_ours in ("default", "422"):  # FastAPI's own, which it would answer where we say 400
         answers.pop(not_ours, None)
@@ -65,3 +67,12 @@ def _complete(operation: Document, method: str, route: ScopedRoute) -> None:
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
     if "stream" in body.get("properties", {}):
         answers["200"]["content"] |= _STREAM
+
+
+def _name_the_rest(operation: Document, path: str) -> None:
+    """Parameters of the path that an endpoint reads from the request itself."""
+    named = {parameter["name"] for parameter in operation.get("parameters", ())}
+    for name in re.findall(r"\{(\w+)\}", path):
+        if name not in named:
+            parameter = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            operation.setdefault("parameters", []).append(parameter)

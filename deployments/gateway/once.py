@@ -68,8 +68,8 @@ class Once:
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="idempotency")
 
     async def answer(self, key: str, request: Request, handle: Handle, *, is_stored: bool = True) -> Response:
-        """Raises what `handle` raises before it answers, and what `Idempotency.begin` raises. An answer that isn't stored is not given
-        again, and its call not done again."""
+        """Raises what `handle` raises before it answers, and what `Idempotency.begin` raises. An answer that isn't stored is not
+        given again, and its call not done again."""
         if len(self._tasks) >= self._most:
             raise Overloaded(f"The gateway works on {len(self._tasks)} requests with keys already.", retry_after_s=1.0)
         tape = Tape(self._keys.bounds.answer_bytes if is_stored else 0)

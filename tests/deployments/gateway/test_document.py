@@ -80,12 +80,13 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
 
 def tried(gateway: Whole, operation: Operation, mode: GenerationMode, tally: Counter[str] | None = None) -> None:
     """Raises FailureGroup for an answer that the document doesn't allow."""
-    described, tenant = SCHEMA[operation.path][operation.method], gateway.tenant()
+    is_right, described = mode is GenerationMode.POSITIVE, SCHEMA[operation.path][operation.method]
+    tenant = gateway.tenant_for(operation) if is_right else gateway.shared
 
     @given(case=described.as_strategy(generation_mode=mode), real=st.booleans())
     @SETTINGS
     def ask(case: Case, real: bool) -> None:
-        if real and mode is GenerationMode.POSITIVE:
+        if real and is_right:
             put_ours(case, operation, tenant)
         answer = called(case, operation, gateway, tenant)
         if tally is not None:

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +226,15 @@ class Whole:
     def key(self, operation: Operation, tenant: Tenant) -> str:
         """The tenant's, or the operator's where an operation is about the platform."""
         return self.operator_key if operation.scope == "admin" else tenant.key(operation)
+
+    def tenant_for(self, operation: Operation) -> Tenant:
+        """A new one where the operation may change what others need."""
+        return self.tenant() if operation.method != "GET" and operation.parameters else self.shared
+
+    @cached_property
+    def shared(self) -> Tenant:
+        """One that nobody changes much."""
+        return self.tenant("shared")
 
     def tenant(self, name: str = "tenant") -> Tenant:
         """A new one with one of everything."""
