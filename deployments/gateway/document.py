@@ -46,6 +46,7 @@ def openapi(app: FastAPI) -> Document:
             if isinstance(route, ScopedRoute) and route.include_in_schema:
                 for method in route.methods or ():
                     _complete(found["paths"][route.path_format][method.lower()], method, route)
+        _link(found)
     assert app.openapi_schema is not None
     return app.openapi_schema
 
@@ -76,3 +77,18 @@ def _name_the_rest(operation: Document, path: str) -> None:
         if name not in named:
             parameter = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
             operation.setdefault("parameters", []).append(parameter)
+
+
+def _link(document: Document) -> None:
+    """From an answer that names what a POST made to the operations on it, with the parameters that the POST's own path had."""
+    schemas, paths = document["components"]["schemas"], document["paths"]
+    for path, item in paths.items():
+        answer = item.get("post", {}).get("responses", {}).get("200", {})
+        schema = answer.get("content", {}).get("application/json", {}).get("schema", {}).get("$ref", "").rpartition("/")[2]
+        if "id" in schemas.get(schema, {}).get("properties", {}):
+            same = {name: f"$request.path.{name}" for name in re.findall(r"\{(\w+)\}", path)}
+            for other, operations in paths.items():
+                if match := re.fullmatch(re.escape(path) + r"/\{(\w+)\}(/[^{]*)?", other):
+                    parameters = same | {match[1]: "$response.body#/id"}
+                    for name in (operation["operationId"] for operation in operations.values()):
+                        answer.setdefault("links", {})[name] = {"operationId": name, "parameters": parameters}

@@ -18,7 +18,7 @@ import pytest
 from tests import published
 from tests.deployments.gateway.official import methods
 from tests.deployments.gateway.routes_page import page
-from tests.deployments.gateway.whole import OPERATIONS, Operation, Tenant, Whole, whole
+from tests.deployments.gateway.whole import OPERATIONS, REFERENCES, Operation, Tenant, Whole, whole
 from tests.published import Route, shape
 
 METHODS = methods(("admin", "models", "chat", "completions", "embeddings"))
@@ -60,6 +60,14 @@ def drive(tenant: Tenant, route: Route, operation: Operation) -> httpx.Response:
     return said[-1]
 
 
+def make_room(tenant: Tenant, operation: Operation) -> None:
+    """Who is in a group or project already leaves it, so that they can be put in again."""
+    if operation.method == "POST" and operation.parameters and REFERENCES.keys() & (tenant.body(operation) or {}).keys():
+        for other in OPERATIONS:
+            if other.method == "DELETE" and shape(other.path) == shape(operation.path) + "/{}":
+                tenant.ask(other)
+
+
 def test_enough_is_shared_with_the_published_document() -> None:
     assert len(SHARED) > 80
     assert sorted(SHARED.keys() - METHODS.keys()) == [], "the official client has no method for a published route of ours"
@@ -67,7 +75,10 @@ def test_enough_is_shared_with_the_published_document() -> None:
 
 @pytest.mark.parametrize("route", SHARED, ids=" ".join)
 def test_the_official_client_gets_a_published_answer(gateway: Whole, route: Route) -> None:
-    answer = drive(gateway.tenant_for(SHARED[route]), route, SHARED[route])
+    operation = SHARED[route]
+    tenant = gateway.tenant_for(operation)
+    make_room(tenant, operation)
+    answer = drive(tenant, route, operation)
     assert answer.status_code == 200
     published.check_route(route, answer.json())
 

@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -29,7 +30,7 @@ from tests.deployments.gateway.whole import OPERATIONS, Operation, Tenant, Whole
 
 SHARED = frozenset({"models", "versions", "rate_limits"})
 """Kinds whose names mean the same to every tenant; what of them a project may see is the last test's."""
-OWN = re.compile(r"\b(?:mk_\w+|[a-z]+_[0-9a-f]{8,}|[0-9a-f]{12,}|\d{9,}|\d+@example\.org)\b|mk_\w+…?\w*")
+OWN = re.compile(r"\b(?:mk_\w+|[a-z]+_[0-9a-f]{8,}|[0-9a-f]{12,}|\d{9,}|\d+@example\.org|one \d+)\b|mk_\w+…?\w*")
 """What is new in every answer: ids, keys, times, addresses."""
 
 
@@ -96,27 +97,25 @@ def told_apart_in_paths(pair: Pair) -> list[str]:
 
 
 def strings(operation: Operation) -> Iterator[tuple[str, Callable[[Tenant, str], dict[str, Any]]]]:
-    """Where else an operation takes a string: what it is called, and the options of a call that has a text there."""
+    """Where else an operation takes a string: what it is called, and the options of a call by a tenant that has a text there."""
     for parameter in operation.facts.get("parameters", ()):
         if parameter["in"] == "query" and "string" in str(parameter["schema"]):
-            yield (
-                f"query {parameter['name']}",
-                lambda tenant, text, name=parameter["name"]: {  # type: ignore[misc]
-                    "params": tenant.query(operation) | {name: text}
-                },
-            )
+            yield f"query {parameter['name']}", partial(in_query, operation, parameter["name"])
     for way in ways(operation.body or {}, ()):
-        yield f"body {way}", lambda tenant, text, way=way: {"json": with_text(operation, tenant, way, text)}  # type: ignore[misc]
+        yield f"body {way}", partial(in_body, operation, way)
 
 
-def with_text(operation: Operation, tenant: Tenant, way: tuple[str | int, ...], text: str) -> dict[str, Any]:
-    """A right body but for the text; what must stand around it is right, too."""
+def in_query(operation: Operation, name: str, tenant: Tenant, text: str) -> dict[str, Any]:
+    return {"params": tenant.query(operation) | {name: text}}
+
+
+def in_body(operation: Operation, way: tuple[str | int, ...], tenant: Tenant, text: str) -> dict[str, Any]:
+    """What must stand around the text is right."""
     body: dict[str, Any] = json_copy(tenant.body(operation))
     put(body, operation.body or {}, way, text)
-    around = meant(body, tenant.given(operation) | {"id": tenant.ids["projects"]})
+    around: dict[str, Any] = meant(body, tenant.given(operation) | {"id": tenant.ids["projects"]})
     put(around, operation.body or {}, way, text)
-    assert isinstance(around, dict)
-    return around
+    return {"json": around}
 
 
 def meant(node: Any, given: Mapping[str, Any]) -> Any:

@@ -106,8 +106,6 @@ REFERENCES = {"user_id": "users", "group_id": "groups", "role_id": "roles", "pro
 """Fields of bodies that name an object, and of which kind."""
 
 PLAIN: dict[str, Any] = {
-    "name": "one",
-    "role_name": "one",
     "role": "owner",
     "model_ids": ["echo"],
     "model": "echo",
@@ -157,7 +155,8 @@ class Tenant:
         if operation.path.startswith("/v1/projects/"):
             ours["role_id"] = self.ids.get("project roles", "")
         permissions = ["annotate" if "/projects/" in operation.path else "keys.read"]
-        return PLAIN | ours | {"email": f"{next(_serial)}@example.org", "permissions": permissions}
+        new = {"name": f"one {next(_serial)}", "role_name": f"one {next(_serial)}", "email": f"{next(_serial)}@example.org"}
+        return PLAIN | ours | new | {"permissions": permissions}
 
     def body(self, operation: Operation) -> dict[str, Any] | None:
         """A right body."""
