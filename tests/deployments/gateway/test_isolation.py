@@ -30,7 +30,7 @@ from tests.deployments.gateway.whole import OPERATIONS, Operation, Tenant, Whole
 
 SHARED = frozenset({"models", "versions", "rate_limits"})
 """Kinds whose names mean the same to every tenant; what of them a project may see is the last test's."""
-OWN = re.compile(r"\b(?:mk_\w+|[a-z]+_[0-9a-f]{8,}|[0-9a-f]{12,}|\d{9,}|\d+@example\.org|one \d+)\b|mk_\w+…?\w*")
+OWN = re.compile(r"\b(?:mk_\w+|[a-z_]+_[0-9a-f]{8,}|[0-9a-f]{12,}|\d{9,}|\d+@example\.org|one \d+)\b|mk_\w+…?\w*")
 """What is new in every answer: ids, keys, times, addresses."""
 
 

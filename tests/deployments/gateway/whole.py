@@ -36,6 +36,7 @@ from tests.fakes import EchoModels
 
 PARAMETER = re.compile(r"\{(\w+)(?::path)?\}")
 _serial = itertools.count()
+_http = httpx.Client(timeout=30, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class Tenant:
         path = options.pop("path", None) or self.path(operation.path)
         options = {"json": self.body(operation), "params": self.query(operation) or None} | options
         headers = {"Authorization": f"Bearer {key or self.key(operation)}"} | options.pop("headers", {})
-        return httpx.request(operation.method, self.server.url + path, headers=headers, timeout=30, trust_env=False, **options)
+        return _http.request(operation.method, self.server.url + path, headers=headers, **options)
 
     def make(self, operation: Operation) -> None:
         """The object that a parameter behind a POST's path stands for: its answer has the id, or its body has."""
