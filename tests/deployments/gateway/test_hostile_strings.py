@@ -174,7 +174,7 @@ def by_a_tenant(gateway: Whole) -> Call:
     def call(place: Place) -> tuple[str, Mapping[str, str]]:
         operation = known[place.method, place.path]
         ids = {name: tenant.ids[kind] for name, kind in zip(operation.parameters, operation.kinds, strict=True)}
-        return gateway.key(operation, tenant), ids
+        return gateway.key(operation, tenant), {} if place.kind == "header" else ids  # which may do what the path says
 
     return call
 

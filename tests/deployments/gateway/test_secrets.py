@@ -72,7 +72,7 @@ def driven(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Driven]:
     written, before, level = io.StringIO(), logging.getLogger().handlers[:], logging.getLogger().level
     url = request.getfixturevalue("postgres_url") if request.param == "postgres" else None
     log.configure("DEBUG", written)
-    with whole(tmp_path / "home", url) as gateway:
+    with whole(tmp_path, url) as gateway:
         secrets = Secrets(gateway.settings.home)
         known = {
             "pepper": secrets.pepper.decode(),
@@ -98,9 +98,10 @@ def drive(driven: Driven) -> None:
         say(driven, operation, open_, "sesame", {"Idempotency-Key": f"once for {operation}"})
         spend(driven, operation, quiet)
     driven.gateway.server.models.error = RuntimeError(f"a fault that quotes {quiet.project_key}")
+    late = driven.gateway.tenant("late")
     for operation in OPERATIONS:
         if operation.scope == INFERENCE:
-            say(driven, operation, driven.gateway.tenant("late"), WORDS)
+            say(driven, operation, late, WORDS)
     for chore in driven.gateway.tenancy.chores:
         do(chore)
 
