@@ -115,6 +115,7 @@ PLAIN: dict[str, Any] = {
     "messages": [{"role": "user", "content": "one two"}],
     "query": "one two",
     "documents": ["one two"],
+    "inputs": [{"name": "input-0", "shape": [1, 1], "datatype": "FP64", "data": [1.0]}],
     "encoding_format": "float",
     "currency": "USD",
     "recipients": ["ada@example.org"],
