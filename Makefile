@@ -10,7 +10,7 @@ DEV := $(VENV)/.dev-stamp
 LOCK := pyproject.toml constraints.txt
 PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: install up down status test test-slow check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak ledger-kills bench-structured bench-stages bench-quantization bench-tools bench-embeddings bench-life bench-gateway bench-gpu clean help
+.PHONY: install up down status test test-slow check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak fuzz ledger-kills bench-structured bench-stages bench-quantization bench-tools bench-embeddings bench-life bench-gateway bench-gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -105,6 +105,9 @@ bench-gpu: $(DEV)  ## one GPU's tokens a second beside its own limits
 
 soak: $(DEV)  ## 20,000 requests of every kind; nothing may be left of them
 	$(BIN)/python -m bench.soak
+
+fuzz: $(DEV)  ## 200 right and 200 wrong requests to every operation, and walks over several
+	FUZZ_EXAMPLES=200 $(BIN)/python -m pytest tests/deployments/gateway/test_document.py
 
 ledger-kills: $(DEV)  ## about a thousand kills of the ledger's writer, nothing may be lost or doubled
 	$(BIN)/python -m bench.ledger_kills

@@ -88,7 +88,7 @@ class Projects:
     def owner(self, project: str) -> str:
         """The organization of a project, for the command line, which asks for none. Raises NotFound."""
         with self._store.read() as connection:
-            return paging.only(organization_of(connection, project) or None, "project")
+            return owner(connection, project)
 
     def create(self, organization: str, name: str) -> Project:
         """Raises InvalidRequest for its name, NotFound for the organization."""
@@ -140,6 +140,11 @@ def find_live(connection: Connection, organization: str, project: str) -> Projec
     if found.archived_at is not None:
         raise Conflict("The project is archived.")
     return found
+
+
+def owner(connection: Connection, project: str) -> str:
+    """Raises NotFound."""
+    return paging.only(organization_of(connection, project) or None, "project")
 
 
 def organization_of(connection: Connection, project: str) -> str:

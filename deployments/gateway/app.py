@@ -49,7 +49,7 @@ async def health() -> Response:
     return json_response({"status": "ok"})
 
 
-@router.get("/ready", tags=["operation"])
+@router.get("/ready", tags=["operation"], responses={503: {"description": "No model answers", "content": {"application/json": {}}}})
 @requires(PUBLIC)
 async def ready(request: Request) -> Response:
     """200 when at least one model answers."""

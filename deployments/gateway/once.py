@@ -22,6 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 from cluster import metrics
 from cluster.errors import InProgress, InvalidRequest, KeyReused, Overloaded
 from cluster.tenancy.idempotency import LEASE_S, Answer, Idempotency, Replay, Run
+from cluster.types import Principal
 from deployments.gateway import exchange
 from deployments.gateway.errors import ClientGone
 
@@ -49,6 +50,12 @@ def key_of(request: Request) -> str | None:
     return str(values[0].decode("latin-1"))
 
 
+def owner_of(principal: Principal | None) -> str:
+    """Within what keys are unique: a project, or the organization that somebody administers. No id of a project has a slash."""
+    assert principal is not None, "public routes take no keys"
+    return principal.tenant or f"organization/{principal.organization}"
+
+
 class Once:
     """The calls with keys that one gateway works on: at most `most`, whether their callers are still there or not."""
 
@@ -60,11 +67,12 @@ class Once:
         self._renewing: asyncio.Task[None] | None = None
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="idempotency")
 
-    async def answer(self, key: str, request: Request, handle: Handle) -> Response:
-        """Raises what `handle` raises before it answers, and what `Idempotency.begin` raises."""
+    async def answer(self, key: str, request: Request, handle: Handle, *, is_stored: bool = True) -> Response:
+        """Raises what `handle` raises before it answers, and what `Idempotency.begin` raises. An answer that isn't stored is not
+        given again, and its call not done again."""
         if len(self._tasks) >= self._most:
             raise Overloaded(f"The gateway works on {len(self._tasks)} requests with keys already.", retry_after_s=1.0)
-        tape = Tape(self._keys.bounds.answer_bytes)
+        tape = Tape(self._keys.bounds.answer_bytes if is_stored else 0)
         task = asyncio.ensure_future(self._play(key, request, handle, tape))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -77,7 +85,7 @@ class Once:
     async def _play(self, key: str, request: Request, handle: Handle, tape: Tape) -> None:
         """What happens is on the tape, failures too."""
         try:
-            begun = await self._beside(self._keys.begin, exchange.of(request.scope).tenant, key, _digest(request))
+            begun = await self._beside(self._keys.begin, owner_of(exchange.of(request.scope).principal), key, _digest(request))
             metrics.IDEMPOTENT.labels("replayed" if isinstance(begun, Replay) else "executed").inc()
             if isinstance(begun, Replay):
                 await replayed(begun.answer)(request.scope, _never, tape.send)

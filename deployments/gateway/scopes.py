@@ -27,13 +27,14 @@ DOCUMENTATION = frozenset({"/openapi.json", "/docs"})
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
-def requires(scope: str) -> Callable[[Endpoint], Endpoint]:
-    """Declare the scope of an endpoint."""
+def requires(scope: str, *, shows_secret: bool = False) -> Callable[[Endpoint], Endpoint]:
+    """Declare the scope of an endpoint. `shows_secret`: its answer has what is shown once, and so is never stored."""
     if scope not in SCOPES:
         raise ValueError(f"{scope!r} is not a scope; known are {', '.join(sorted(SCOPES))}")
 
     def mark(endpoint: Endpoint) -> Endpoint:
         endpoint.__scope__ = scope  # type: ignore[attr-defined]
+        endpoint.__shows_secret__ = shows_secret  # type: ignore[attr-defined]
         return endpoint
 
     return mark
@@ -63,6 +64,7 @@ class ScopedRoute(APIRoute):
         if scope is None:
             raise TypeError(f"route {path} declares no scope: put @requires(...) under its decorator")
         self.scope: str = scope
+        self.shows_secret = bool(getattr(endpoint, "__shows_secret__", False))
         super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -71,7 +73,9 @@ class ScopedRoute(APIRoute):
         async def permitted(request: Request) -> Response:
             permit(exchange.of(request.scope).principal, self.scope)
             key = None if self.scope == PUBLIC else once.key_of(request)
-            return await handle(request) if key is None else await _once(request).answer(key, request, handle)
+            if key is None:
+                return await handle(request)
+            return await _once(request).answer(key, request, handle, is_stored=not self.shows_secret)
 
         return permitted
 

@@ -29,6 +29,7 @@ from deployments.gateway.app import build_app
 from mmaas.cli import app as command_line
 from tests.deployments.gateway.conftest import Server, serving
 from tests.deployments.gateway.sockets import Noting, address
+from tests.deployments.gateway.whole import whole
 from tests.e2e.platform import free_ports
 from tests.fakes import EchoModels, KeyRing
 
@@ -78,9 +79,9 @@ async def open_door(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def test_our_gateway_passes_every_check() -> None:
-    with serving() as server:
-        found = security.check_gateway(door(server))
+def test_our_gateway_passes_every_check(tmp_path: Path) -> None:
+    with whole(tmp_path) as gateway:
+        found = security.check_gateway(door(gateway.server))
     assert [check for check in found if check.status != "ok"] == []
     assert len(found) == 8
 

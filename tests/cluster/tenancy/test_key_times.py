@@ -103,3 +103,20 @@ def test_a_check_that_stops_at_an_unknown_id_is_found(accounts: Accounts, texts:
 
     store: Store = accounts.keys._store
     assert tells_apart(Hasty(store, b"pepper").verify, *texts)
+
+
+def test_a_comparison_that_stops_at_the_first_difference_is_found() -> None:
+    """The comparison alone: inside a check it would be lost among the database's microseconds."""
+    right = b"0" * 2048
+    one, other = ["1" + "0" * 2047], ["0" * 2047 + "1"]
+
+    def checked(equal: Callable[[bytes, bytes], bool]) -> Callable[[str], None]:
+        def verify(text: str) -> None:
+            if not equal(text.encode(), right):
+                raise Unauthenticated("wrong")
+
+        return verify
+
+    assert tells_apart(checked(lambda a, b: all(x == y for x, y in zip(a, b, strict=True))), one, other)
+    assert not tells_apart(checked(hmac.compare_digest), one, other)
+    assert "hmac.compare_digest(" in Path(Keys.verify.__code__.co_filename).read_text()

@@ -341,10 +341,11 @@ def json_copy(value: Any) -> Any:
     return [json_copy(inner) for inner in value] if isinstance(value, list) else value
 
 
-def targets(place: Place, text: str) -> list[str]:
-    """Request targets with the string in the path or the query: as it is where HTTP allows it, encoded once, encoded twice."""
+def targets(place: Place, text: str, others: Mapping[str, str] | None = None) -> list[str]:
+    """Request targets with the string in the path or the query: as it is where HTTP allows it, encoded once, encoded twice.
+    Other parameters of the path are those of `others`, else `echo`."""
     once, twice = quote(text, safe=""), quote(quote(text, safe=""), safe="")
     raw = [text] if re.fullmatch(r"[!-~]+", text) and "#" not in text and "?" not in text else []
     forms = list(dict.fromkeys([*raw, once, twice]))
-    bare = re.sub(r"\{(\w+)\}", lambda match: "{}" if match[1] == place.name else "echo", place.path)
+    bare = re.sub(r"\{(\w+)\}", lambda match: "{}" if match[1] == place.name else (others or {}).get(match[1], "echo"), place.path)
     return [bare.replace("{}", form) if place.kind == "path" else f"{bare}?{place.name}={form}" for form in forms]

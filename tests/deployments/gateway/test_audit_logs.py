@@ -23,8 +23,8 @@ from deployments.gateway.openai.admin import audit_logs
 from deployments.gateway.tenancy import Tenancy
 from tests.cluster.tenancy.conftest import Clock
 from tests.deployments.gateway.conftest import Server, serving
-from tests.deployments.gateway.test_specification import DOCUMENT, check
 from tests.fakes import EchoModels, KeyRing
+from tests.published import DOCUMENT, check
 
 SOMEBODY = Actor("session", "ada@host", email="ada@example.org", address="10.0.0.1")
 KEY = Actor("api_key", "0123456789ab")

@@ -7,29 +7,34 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import jinja2
 import pytest
-from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.settings import GatewaySettings
 from deployments.gateway.app import build_app
+from deployments.gateway.protocols import is_open_inference
 from deployments.gateway.scopes import ScopedRoute, requires
 from tests.deployments.gateway.conftest import Server, serving
 from tests.deployments.gateway.hostile import LEAKS, PRODUCT, Place, corpus, places, targets, with_string
 from tests.deployments.gateway.sockets import address, answer
+from tests.deployments.gateway.whole import OPERATIONS, Whole, document, whole
 from tests.fakes import EchoModels, KeyRing
 
 WATCHED = ("open", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen")
-HEADERS = f"Host: a\r\nAuthorization: Bearer {KeyRing.ADMIN}\r\n"
+
+Call = Callable[[Place], tuple[str, Mapping[str, str]]]
+"""The key for a place, and what stands in its path beside it."""
 
 
 @dataclass
@@ -54,6 +59,7 @@ class Attack:
 
     server: Server
     documented: dict[tuple[str, str], set[int]]
+    call: Call
     found: list[str] = field(default_factory=list)
     sent: int = 0
 
@@ -63,7 +69,7 @@ class Attack:
             connection, WATCH.is_on = None, True
             try:
                 for place, text in asked:
-                    for request in requests(place, text):
+                    for request in requests(place, text, *self.call(place)):
                         connection = connection or stack.enter_context(socket.create_connection(address(self.server.url), 20))
                         connection.sendall(request)
                         status, body, stays = read(connection)
@@ -79,7 +85,7 @@ class Attack:
         said = body.decode(errors="replace")
         if status not in self.documented[place.method, place.path] and status not in (404, 405, 431):
             self.found.append(f"{place}: {text[:40]!r}: {status}")
-        if status >= 400 and not is_envelope(said):
+        if status >= 400 and not is_refusal(said, place.path):
             self.found.append(f"{place}: {text[:40]!r}: no envelope in {said[:80]!r}")
         if status >= 400 and (leak := LEAKS.search(without(text[:256], unescaped(said)))):
             self.found.append(f"{place}: {text[:40]!r}: says {leak[0]!r}")
@@ -87,14 +93,14 @@ class Attack:
             self.found.append(f"{place}: {text[:40]!r} was evaluated")
 
 
-def requests(place: Place, text: str) -> Iterator[bytes]:
-    if place.kind == "body":
-        body = json.dumps(with_string(place, text)).encode(errors="surrogatepass")
-        head = f"{place.method} {place.path.replace('{model}', 'echo')} HTTP/1.1\r\n{HEADERS}Content-Length: {len(body)}\r\n\r\n"
-        yield head.encode() + body
-        return
-    for target in targets(place, text):
-        yield f"{place.method} {target} HTTP/1.1\r\n{HEADERS}Content-Length: 0\r\n\r\n".encode()
+def requests(place: Place, text: str, key: str, others: Mapping[str, str]) -> Iterator[bytes]:
+    headers = f"Host: a\r\nAuthorization: Bearer {key}\r\n"
+    body = json.dumps(with_string(place, text)).encode(errors="surrogatepass") if place.kind == "body" else b""
+    if place.kind == "header":
+        headers += f"{place.name}: {text if re.fullmatch(r'[ -~]*', text) else quote(text)}\r\n"
+    beside = [targets(place, "", others)[0].partition("?")[0]]
+    for target in targets(place, text, others) if place.kind in ("path", "query") else beside:
+        yield f"{place.method} {target} HTTP/1.1\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def read(connection: socket.socket) -> tuple[int, bytes, bool]:
@@ -118,23 +124,28 @@ def more(connection: socket.socket, received: bytes, is_enough: Callable[[bytes]
     return received
 
 
-def is_envelope(said: str) -> bool:
+def is_refusal(said: str, path: str) -> bool:
+    """OpenAI's envelope; under /v2 a string is enough."""
     try:
-        return set(json.loads(said)["error"]) == {"message", "type", "param", "code"}
+        error = json.loads(said)["error"]
+        return is_open_inference(path) or set(error) == {"message", "type", "param", "code"}
     except (ValueError, KeyError, TypeError):
         return False
 
 
 def unescaped(said: str) -> str:
     try:
-        return " ".join(str(value) for value in json.loads(said)["error"].values())
+        error = json.loads(said)["error"]
+        return error if isinstance(error, str) else " ".join(str(value) for value in error.values())
     except (ValueError, KeyError, TypeError):
         return said
 
 
 def without(text: str, said: str) -> str:
-    """A caller's own word may be told back, as it is or as Python writes it."""
-    return said.replace(text, "").replace(repr(text)[1:-1], "")
+    """A caller's own word may be told back, as it is, as Python writes it, or as a path or query says it."""
+    for own in (text, repr(text)[1:-1], unquote(text), repr(unquote(text))[1:-1]):
+        said = said.replace(own, "") if own else said
+    return said
 
 
 def documented(document: dict[str, Any]) -> dict[tuple[str, str], set[int]]:
@@ -153,22 +164,34 @@ def dealt(all_places: Sequence[Place], strings: Sequence[str], each: int) -> Ite
 
 
 @pytest.fixture(scope="module")
-def app() -> FastAPI:
-    return build_app(EchoModels(), KeyRing().verify, GatewaySettings())
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
+    with whole(tmp_path_factory.mktemp("hostile")) as gateway:
+        yield gateway
 
 
-def attack(app: FastAPI, each: int) -> Attack:
-    document = json.loads(json.dumps(app.openapi()))
-    with serving(app=app) as server:
-        with server.http(KeyRing.ADMIN) as http:
-            http.get("/v1/models")  # what is imported late is imported
-        going = Attack(server, documented(document))
-        going.run(dealt(places(document), corpus(), each))
+def by_a_tenant(gateway: Whole) -> Call:
+    """Everything with the key for it, and objects that exist beside the string."""
+    tenant, known = gateway.tenant(), {(one.method, one.path): one for one in OPERATIONS}
+
+    def call(place: Place) -> tuple[str, Mapping[str, str]]:
+        operation = known[place.method, place.path]
+        ids = {name: tenant.ids[kind] for name, kind in zip(operation.parameters, operation.kinds, strict=True)}
+        return gateway.key(operation, tenant), {} if place.kind == "header" else ids  # which may do what the path says
+
+    return call
+
+
+def attack(server: Server, document: Mapping[str, Any], call: Call, each: int) -> Attack:
+    document = json.loads(json.dumps(document))
+    with server.http(KeyRing.ADMIN) as http:
+        http.get("/v1/models")  # what is imported late is imported
+    going = Attack(server, documented(document), call)
+    going.run(dealt(places(document), corpus(), each))
     return going
 
 
-def test_places_are_found_wherever_strings_are_taken(app: FastAPI) -> None:
-    found = {str(place) for place in places(json.loads(json.dumps(app.openapi())))}
+def test_places_are_found_wherever_strings_are_taken() -> None:
+    found = {str(place) for place in places(document())}
     for expected in (
         "GET /v1/models/{model} path model",
         "POST /v1/models/{model}/sleep path model",
@@ -178,27 +201,31 @@ def test_places_are_found_wherever_strings_are_taken(app: FastAPI) -> None:
         "POST /v1/completions body ('stop', 0)",
         "POST /v1/completions body ('guided_regex',)",
         "POST /v1/rerank body ('query',)",
+        "POST /v1/organization/invites body ('projects', 0, 'role')",
+        "GET /v1/organization/audit_logs query event_types[]",
+        "DELETE /v1/projects/{project_id}/users/{holder_id}/roles/{role_id} path role_id",
+        "POST /v2/models/{model}/infer body ('inputs', 0, 'name')",
     ):
         assert expected in found
-    assert len(found) > 50
+    assert len(found) > 200
     assert len(set(corpus())) >= 300
 
 
-def test_hostile_strings_are_only_strings(app: FastAPI) -> None:
-    going = attack(app, each=12)
+def test_hostile_strings_are_only_strings(gateway: Whole) -> None:
+    going = attack(gateway.server, document(), by_a_tenant(gateway), each=6)
     assert going.found[:10] == []
-    assert going.sent > 300
+    assert going.sent > 1000
     assert not Path("/tmp/mmaas-hostile").exists()
 
 
 @pytest.mark.slow
-def test_every_hostile_string_in_every_place(app: FastAPI) -> None:
-    going = attack(app, each=len(corpus()))
+def test_every_hostile_string_in_every_place(gateway: Whole) -> None:
+    going = attack(gateway.server, document(), by_a_tenant(gateway), each=len(corpus()))
     assert going.found[:10] == []
     assert not Path("/tmp/mmaas-hostile").exists()
 
 
-def test_hostile_credentials_are_refused_before_any_look_up(app: FastAPI) -> None:
+def test_hostile_credentials_are_refused_before_any_look_up() -> None:
     with serving() as server:
         for text in corpus():
             value = text.encode("utf-8", "surrogatepass").replace(b"\r", b"").replace(b"\n", b"").replace(b"\x00", b"")
@@ -231,4 +258,6 @@ async def tells(request: Request, name: str) -> Response:
 def test_a_planted_bug_is_found(planted: Any, sign: str) -> None:
     app = build_app(EchoModels(), KeyRing().verify, GatewaySettings())
     app.router.routes[:] = [ScopedRoute("/v1/planted/{name:path}", planted, methods=["GET"])]
-    assert any(sign in problem for problem in attack(app, each=len(corpus())).found)
+    with serving(app=app) as server:
+        found = attack(server, app.openapi(), lambda _: (KeyRing.ADMIN, {}), each=len(corpus())).found
+    assert any(sign in problem for problem in found)

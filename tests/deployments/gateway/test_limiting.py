@@ -23,8 +23,8 @@ from deployments.gateway import calls
 from deployments.gateway.entrance import Entrance
 from deployments.gateway.tenancy import Tenancy, limits_of
 from tests.deployments.gateway.conftest import Server, eventually, serving
-from tests.deployments.gateway.test_specification import check
 from tests.fakes import ECHO, EchoModels, KeyRing
+from tests.published import check
 
 PROJECT = "/v1/organization/projects/acme"
 HELLO: dict[str, Any] = {"model": "echo", "messages": [{"role": "user", "content": "one two three"}], "max_completion_tokens": 10}

@@ -22,6 +22,7 @@ from deployments.gateway import front, guards, wire
 from deployments.gateway.wire import Bounds, Wire
 from tests.deployments.gateway.conftest import Server, eventually, serving
 from tests.deployments.gateway.sockets import Address, address, answer, connected, said
+from tests.deployments.gateway.whole import whole
 from tests.fakes import KeyRing
 
 KEY = f"Authorization: Bearer {KeyRing.USER}\r\n".encode()
@@ -34,9 +35,9 @@ class Quick(Wire):
 
 
 @pytest.fixture(scope="module")
-def quick() -> Iterator[Server]:
-    with serving(wire=Quick) as server:
-        yield server
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with whole(tmp_path_factory.mktemp("slow"), verify=KeyRing().verify, wire=Quick) as gateway:
+        yield gateway.server
 
 
 def dribble(connection: socket.socket, data: bytes, every_s: float = 0.1, seconds: float = PATIENCE_S) -> bool:

@@ -14,11 +14,10 @@ import httpx
 import pytest
 
 from cluster import ingress, settings
-from cluster.settings import GatewaySettings
-from deployments.gateway.app import build_app
 from tests.cluster.test_haproxy import rendered_by_serve
 from tests.deployments.gateway.conftest import eventually, serving
 from tests.deployments.gateway.sockets import Address, Noting, address, answer
+from tests.deployments.gateway.whole import whole
 from tests.e2e.platform import free_ports
 from tests.fakes import EchoModels, KeyRing
 
@@ -131,8 +130,9 @@ def models() -> EchoModels:
 
 
 @pytest.fixture(scope="module")
-def noting(models: EchoModels) -> Noting:
-    return Noting(build_app(models, KeyRing().verify, GatewaySettings()))
+def noting(models: EchoModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Noting]:
+    with whole(tmp_path_factory.mktemp("smuggling"), models=models, verify=KeyRing().verify) as gateway:
+        yield Noting(gateway.app)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,8 @@
-"""Answers against the published OpenAPI specification of the OpenAI API; tests/data holds the needed part and its licence."""
+"""Answers of models in all their forms, and refusals, against the published OpenAPI specification of the OpenAI API."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,25 +10,10 @@ import jsonschema
 import pytest
 
 from tests.deployments.gateway.conftest import Server
+from tests.published import check
 
-DOCUMENT = json.loads((Path(__file__).parents[2] / "data" / "openai-schemas.json").read_text())
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "one two"}]}
 TEXT = {"model": "echo", "prompt": ["one", "two three"]}
-
-
-def check(name: str, answer: Any) -> None:
-    schema = {"$ref": f"#/components/schemas/{name}", "components": _nullable(DOCUMENT["components"])}
-    jsonschema.Draft202012Validator(schema).validate(answer)
-
-
-def _nullable(node: Any) -> Any:
-    """OpenAPI 3.0's `nullable`, which the document still uses here and there, in the words of JSON Schema."""
-    if isinstance(node, list):
-        return [_nullable(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    plain = {key: _nullable(value) for key, value in node.items() if key != "nullable"}
-    return {"anyOf": [plain, {"type": "null"}]} if node.get("nullable") is True else plain
 
 
 def events(answer: httpx.Response) -> list[dict[str, Any]]:

@@ -14,9 +14,9 @@ import pytest
 from pydantic import BaseModel
 
 from tests.deployments.gateway.conftest import Server, serving
-from tests.deployments.gateway.test_specification import check
 from tests.deployments.tools.chats import CHATS, write_tokenizer
 from tests.fakes import ReplicaModels
+from tests.published import check
 
 ASK = [{"role": "user", "content": "Is it raining in Paris?"}]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}

@@ -31,7 +31,7 @@ def list_admin_keys(request: Request, asked: Paged) -> Response:
 
 
 @router.post(KEYS, response_model=objects.NewAdminKey, openapi_extra=takes(forms.AdminKeyCreate))
-@requires("admin_keys.write")
+@requires("admin_keys.write", shows_secret=True)
 def create_admin_key(request: Request) -> Response:
     """The key is shown this once. Without `scopes` it may do what the caller's key may do in the organization."""
     act = Act.of(request)
@@ -51,7 +51,7 @@ def retrieve_admin_key(request: Request, key_id: Id) -> Response:
 
 
 @router.post(f"{KEY}/rotate", response_model=objects.NewAdminKey, openapi_extra=takes(forms.Rotation, required=False))
-@requires("admin_keys.write")
+@requires("admin_keys.write", shows_secret=True)
 def rotate_admin_key(request: Request, key_id: Id) -> Response:
     """The key's successor, shown this once; both work for the overlap, a day unless said otherwise. Not in the official API."""
     act = Act.of(request)

@@ -17,7 +17,7 @@ from deployments.gateway.scopes import ScopedRoute, requires
 router = APIRouter(route_class=ScopedRoute, tags=["administration"], responses={"default": {"model": ErrorResponse}})
 
 
-@router.get("/v1/organization/audit_logs", response_model=AuditLogs)
+@router.get("/v1/organization/audit_logs", response_model=AuditLogs, openapi_extra={"parameters": audit_logs.PARAMETERS})
 @requires("audit.read")
 def list_audit_logs(request: Request) -> Response:
     """What was done and denied in the organization, the newest first."""

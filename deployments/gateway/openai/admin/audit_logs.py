@@ -38,6 +38,18 @@ MAX_LIMIT = 100
 _TYPE = re.compile(r"\*|[a-z_]{1,40}(\.[a-z_]{1,40}){1,4}\Z")
 _RANGE = re.compile(r"effective_at\[(gt|gte|lt|lte)\]\Z")
 _LISTS = ("project_ids", "event_types", "actor_ids", "actor_emails", "resource_ids")
+_TIMES = ("gt", "gte", "lt", "lte")
+PARAMETERS: list[dict[str, Any]] = [
+    {"name": name, "in": "query", "required": False, "schema": schema}
+    for name, schema in (
+        *((f"{name}[]", {"type": "array", "items": {"type": "string"}}) for name in _LISTS),
+        *((f"effective_at[{time}]", {"type": "integer", "minimum": 0}) for time in _TIMES),
+        ("limit", {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": 20}),
+        ("after", {"type": "string"}),
+        ("before", {"type": "string"}),
+    )
+]
+"""What the query may have, for the OpenAPI document."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,12 @@ from deployments.gateway.openai.types import parse
 MAX_PAGE = 100
 LARGEST = (1 << 63) - 1
 
+PARAMETERS: list[dict[str, Any]] = [
+    {"name": "limit", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}},
+    *({"name": name, "in": "query", "required": False, "schema": {"type": "string"}} for name in ("after", "before")),
+]
+"""What the query of a list may have, for the OpenAPI document."""
+
 FIELDS = {"max_requests_per_1_minute": "requests", "max_tokens_per_1_minute": "tokens", "max_concurrent_streams": "streams"}
 UNSUPPORTED = (
     "max_images_per_1_minute",

@@ -38,7 +38,7 @@ async def _served(request: Request) -> list[str]:
 Served = Annotated[list[str], Depends(_served)]
 
 
-@router.get(RATE_LIMITS, response_model=RateLimitList)
+@router.get(RATE_LIMITS, response_model=RateLimitList, openapi_extra={"parameters": wire.PARAMETERS})
 @requires("limits.read")
 def list_rate_limits(request: Request, project_id: Id, served: Served) -> Response:
     """What each served model, and the project as a whole, is limited to."""

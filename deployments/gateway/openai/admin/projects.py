@@ -75,7 +75,7 @@ def list_service_accounts(request: Request, project_id: Id, asked: Paged) -> Res
 
 
 @router.post(ACCOUNTS, response_model=objects.NewServiceAccount, openapi_extra=takes(forms.ServiceAccountCreate))
-@requires("keys.write")
+@requires("keys.write", shows_secret=True)
 def create_service_account(request: Request, project_id: Id) -> Response:
     """With a key, which is shown this once, unless only the account is asked for."""
     act = Act.of(request)
@@ -131,7 +131,7 @@ def delete_service_account(request: Request, project_id: Id, service_account_id:
     response_model=objects.NewKey,
     openapi_extra=takes(forms.KeyCreate, required=False),
 )
-@requires("keys.write")
+@requires("keys.write", shows_secret=True)
 def create_key(request: Request, project_id: Id, service_account_id: Id) -> Response:
     """The key is shown this once."""
     act = Act.of(request)
@@ -181,7 +181,7 @@ def update_key(request: Request, project_id: Id, api_key_id: Id) -> Response:
 
 
 @router.post(f"{KEYS}/{{api_key_id}}/rotate", response_model=objects.NewKey, openapi_extra=takes(forms.Rotation, required=False))
-@requires("keys.write")
+@requires("keys.write", shows_secret=True)
 def rotate_key(request: Request, project_id: Id, api_key_id: Id) -> Response:
     """The key's successor, shown this once; both work for the overlap, a day unless said otherwise. Not in the official API."""
     act = Act.of(request)

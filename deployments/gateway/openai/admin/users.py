@@ -127,7 +127,7 @@ def list_invites(request: Request, asked: Paged) -> Response:
 
 
 @router.post(INVITES, response_model=objects.NewInvite, openapi_extra=takes(forms.InviteCreate))
-@requires("users.write")
+@requires("users.write", shows_secret=True)
 def create_invite(request: Request) -> Response:
     """Nothing is mailed: `token` is shown this once, to be handed over and accepted with `mmaas users accept`."""
     act = Act.of(request)
