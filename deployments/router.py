@@ -275,7 +275,8 @@ class ServeModels:
         total: Counter[str] = Counter()
         for counters in replicas:
             total.update({field: value for field, value in counters.items() if isinstance(value, (int, float))})
-        return dict(total)
+        ages = [counters["held_s"] for counters in replicas if "held_s" in counters]
+        return dict(total) | ({"oldest_s": max(ages)} if ages else {})
 
     async def _learn(self, name: str) -> Facts | None:
         asked, facts = self._clock(), None
