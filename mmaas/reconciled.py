@@ -59,4 +59,4 @@ def billed(store: Store, model: str, start: float, end: float) -> float:
     from cluster.tenancy.usage_report import Question, usage
 
     sums = usage(store, Question(start, end + MARGIN_S, by=("model",)))
-    return sum(each.metered.compute_seconds for each in sums if each.group["model"].partition(":")[0] == model) / MICROSECONDS
+    return sum(each.metered.compute_seconds for each in sums if str(each.group["model"]).partition(":")[0] == model) / MICROSECONDS
