@@ -24,11 +24,11 @@ class LLM:
     async def generate(self, request: Generate) -> AsyncGenerator[Chunk, None]:
         tokens, pause_s = request.sampling.max_tokens or 8, float(request.messages[-1].content or 0)
         if pause_s:
-            for _ in range(tokens):
-                yield Chunk((Delta(0, " word", token_ids=(1,)),))
+            for place in range(tokens):
+                yield Chunk((Delta(0, " word", token_ids=(1,)),), begun=None if place else Usage(3, 0))
                 await asyncio.sleep(pause_s)
         else:
-            yield Chunk((Delta(0, " word" * tokens, token_ids=(1,) * tokens),))
+            yield Chunk((Delta(0, " word" * tokens, token_ids=(1,) * tokens),), begun=Usage(3, 0))
         yield Chunk((Delta(0, "", finish_reason="length"),), Usage(3, tokens))
 
     async def info(self) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Rank 0's own work around a model that takes no time: schedule and build the batch, and afterwards commit, sample greedily and
 deliver; with a second rank also pack the batch and bring it to another process. Medians over the steps, for steps that
-only decode and for steps that compute a piece of a prompt beside it.
+only decode and for steps that compute a piece of a prompt beside it. What splitting a step's time over its sequences takes of that
+is the median difference of steps in pairs, with it and without.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.batch import Batch, Ints
 from deployments.engine.chunking import Chunking
-from deployments.engine.engine import Engine, Request
+from deployments.engine.engine import Engine, Flight, Output, Request
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,11 +66,24 @@ class Times:
     pack_us: float
     deliver_us: float
 
+    @property
+    def own_us(self) -> float:
+        """What a single rank takes."""
+        return self.schedule_us + self.deliver_us
+
+
+class Unmetered(Engine):
+    """The same, but a step's time is nobody's."""
+
+    def _attribute(self, flight: Flight, seconds: float, outputs: list[Output]) -> None:
+        self._spoke.clear()
+
 
 @dataclass(frozen=True)
 class Measurement:
     """Medians in microseconds. `schedule_us` includes building the batch, `deliver_us` commit and sampling; `broadcast_us` is from
-    the leader's call until the other process has unpacked the batch of `batch_ints` numbers."""
+    the leader's call until the other process has unpacked the batch of `batch_ints` numbers. `metering_us` is what splitting the
+    step's time takes of `deliver_us`."""
 
     work: str
     running: int
@@ -78,6 +92,7 @@ class Measurement:
     deliver_us: float
     broadcast_us: float
     batch_ints: int
+    metering_us: float
 
     def total_us(self, tp: int) -> float:
         """What a step costs beside the model; a single rank neither packs nor broadcasts."""
@@ -132,12 +147,24 @@ def measure(case: Case, num_steps: int, vocab_size: int, broadcast: Broadcast) -
         statistics.median(times.deliver_us for times in taken),
         broadcast(batches),
         round(statistics.median(map(len, batches))),
+        metering_us(case, num_steps, vocab_size),
     )
 
 
-def steps(case: Case, num_steps: int, model: NoModel) -> Iterator[Times]:
+def metering_us(case: Case, num_steps: int, vocab_size: int) -> float:
+    """In turns, so that whatever slows the machine slows both."""
+    metered, unmetered = (steps(case, num_steps, NoModel(case.running + 1, vocab_size), kind) for kind in (Engine, Unmetered))
+    differences = []
+    for number in range(num_steps):
+        first, second = (metered, unmetered) if number % 2 else (unmetered, metered)
+        times = {first: next(first), second: next(second)}
+        differences.append(times[metered].own_us - times[unmetered].own_us)
+    return statistics.median(differences)
+
+
+def steps(case: Case, num_steps: int, model: NoModel, kind: type[Engine] = Engine) -> Iterator[Times]:
     """Brings the decoders to their context, then times `num_steps` steps."""
-    engine, prompts = _decoding(case, num_steps, model), _prompts(case.chunk * CHUNKS)
+    engine, prompts = _decoding(case, num_steps, model, kind), _prompts(case.chunk * CHUNKS)
     for number in range(case.running, case.running + num_steps):
         if case.chunk and not engine.scheduler.waiting:
             engine.add(_request(number, next(prompts), max_tokens=1))
@@ -147,14 +174,14 @@ def steps(case: Case, num_steps: int, model: NoModel) -> Iterator[Times]:
         yield Times((model.reached - began) * 1e6, (model.packed - model.reached) * 1e6, (ended - model.left) * 1e6)
 
 
-def _decoding(case: Case, num_steps: int, model: NoModel) -> Engine:
+def _decoding(case: Case, num_steps: int, model: NoModel, kind: type[Engine]) -> Engine:
     """An engine whose decoders have their prompts behind them and don't end soon."""
     prompt_tokens, max_tokens = case.running * case.context, num_steps + 2
     sequences = case.running + bool(case.chunk)
     settings = EngineSettings(max_sequences=sequences, max_batch_tokens=max(16, prompt_tokens), step_target_ms=0, speculation=0)
     longest = [case.context + max_tokens] * case.running + [case.chunk * CHUNKS] * 2
     blocks = sum(-(-tokens // settings.block_size) for tokens in longest)
-    engine = Engine.of(model.execute, blocks, settings)
+    engine = kind.of(model.execute, blocks, settings)
     for number, prompt in zip(range(case.running), _prompts(case.context), strict=False):
         engine.add(_request(number, prompt, max_tokens))
     engine.step()
@@ -220,9 +247,9 @@ def rows(measured: Sequence[Measurement]) -> list[Row]:
 def table(measured: Sequence[Measurement]) -> Table:
     lines = []
     for m in measured:
-        cells = (m.schedule_us, m.deliver_us, m.total_us(1), m.pack_us, m.broadcast_us, m.total_us(2))
+        cells = (m.schedule_us, m.deliver_us, m.metering_us, m.total_us(1), m.pack_us, m.broadcast_us, m.total_us(2))
         lines.append([m.work, str(m.running), *(f"{microseconds:.0f}" for microseconds in cells)])
-    columns = ["step", "sequences", "schedule", "deliver", "all, tp=1", "pack", "broadcast", "all, tp=2"]
+    columns = ["step", "sequences", "schedule", "deliver", "of it metering", "all, tp=1", "pack", "broadcast", "all, tp=2"]
     title = "Microseconds of one step outside the model (medians over steps; + N: beside N tokens of a prompt)"
     return Table(title, columns, lines)
 

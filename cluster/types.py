@@ -217,7 +217,7 @@ class Usage:
     completion_tokens: int
     cached_tokens: int = 0
     from_cache: bool = False  # the gateway had the whole answer: no model worked for it
-    compute_us: int = 0  # microseconds of the engine's steps, as far as they were for this call
+    compute_us: int = 0  # microseconds of the model's steps, as far as they were for this call
 
     @property
     def total_tokens(self) -> int:
@@ -227,11 +227,12 @@ class Usage:
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """One item of an answer's stream. The first comes as soon as the first token, and says in `begun` what the prompt takes; the
-    last carries `usage`."""
+    last carries `usage`. `compute_us` is the compute since the chunk before, so that it is known of an answer that breaks off."""
 
     deltas: tuple[Delta, ...]
     usage: Usage | None = None
     begun: Usage | None = None
+    compute_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)

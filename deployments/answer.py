@@ -42,23 +42,36 @@ class Answer:
         self._open = set(range(request.sampling.n))
         self._num_tokens = 0
         self._num_cached = 0
+        self._compute_us = [0] * request.sampling.n
+        self._told_us = 0
+        self._has_begun = False
 
     def take(self, outputs: Iterable[Output]) -> Chunk:
-        """What these outputs add to the answer; the last chunk carries the usage."""
+        """What these outputs add to the answer; the first chunk says what its prompt takes, the last one carries the usage."""
         by_choice: dict[int, list[Output]] = {}
         for output in outputs:
             if output.index in self._open:
                 by_choice.setdefault(output.index, []).append(output)
         deltas = tuple(self._delta(index, items) for index, items in sorted(by_choice.items()))
-        return Chunk(deltas, None if self._open else self.usage)
+        before, self._told_us = self._told_us, sum(self._compute_us)
+        begun = self._begun() if deltas else None
+        return Chunk(deltas, None if self._open else self.usage, begun, self._told_us - before)
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self._request.prompt), self._num_tokens, self._num_cached)
+        return Usage(len(self._request.prompt), self._num_tokens, self._num_cached, compute_us=self._told_us)
+
+    def _begun(self) -> Usage | None:
+        """Once."""
+        if self._has_begun:
+            return None
+        self._has_begun = True
+        return Usage(len(self._request.prompt), 0, self._num_cached)
 
     def _delta(self, index: int, outputs: list[Output]) -> Delta:
         detokenizer, reason = self._texts[index], outputs[-1].finish_reason
         self._num_cached = max(self._num_cached, outputs[0].cached) if index == 0 else self._num_cached
+        self._compute_us[index] = outputs[-1].compute_us
         outputs = [output for output in outputs if output.token != NO_TOKEN]
         news = detokenizer.push([output.token for output in outputs])
         text = news.text

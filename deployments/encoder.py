@@ -58,9 +58,9 @@ class Encoder:
         Overloaded. Closing it early takes its rows out of the queue."""
         self._tasks.check(call, self._width)
         rows = await asyncio.to_thread(self._tasks.rows, call)
-        vectors = await self._batcher.encode(self._opaque(call.tenant), rows)
+        vectors, compute_us = await self._batcher.metered(self._opaque(call.tenant), rows)
         numbers = await asyncio.to_thread(self._tasks.finish, call, vectors)
-        usage = Usage(sum(len(row) for row in rows), 0)
+        usage = Usage(sum(len(row) for row in rows), 0, compute_us=compute_us)
         labels = self._info.labels if call.task == "classify" else ()
         yield Encoded(numbers.astype("<f4").tobytes(), numbers.shape[1], usage, labels)
 

@@ -114,7 +114,8 @@ class LLM:
         request = await self._prepare(call)
         if call.sampling.max_tokens == 0:  # the legacy API counts or echoes a prompt so
             ends = tuple(Delta(index, "", finish_reason="length") for index in range(call.sampling.n))
-            yield Chunk(ends, Usage(len(request.prompt), 0))
+            whole = Usage(len(request.prompt), 0)
+            yield Chunk(ends, whole, begun=whole)
             return
         tools = self._tools if offers(call) else None
         answer = Answer(

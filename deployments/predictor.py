@@ -21,7 +21,7 @@ from cluster import ingress
 from cluster import log as logs
 from cluster.errors import ModelNotSupported, NotFound, PlatformError, Unavailable
 from cluster.settings import Settings
-from cluster.types import Chunk, Deployment, Encode, Encoded, Generate, Predict, Predicted
+from cluster.types import Chunk, Deployment, Encode, Encoded, Generate, Predict, Predicted, Usage
 from deployments import replicas
 from deployments.batching.batches import Batches
 from deployments.predict.inspection import PLATFORM, inspect
@@ -72,11 +72,11 @@ class Predictor:
         wanted = self._signature.wanted(call.outputs)
         is_long = sum(len(tensor.data) for tensor in call.inputs) > INLINE_BYTES
         blocks = await _done(is_long, self._signature.blocks, call.inputs, wanted)
-        results = await self._batches.submit(self._opaque(call.tenant), blocks)
+        results, compute_us = await self._batches.submit(self._opaque(call.tenant), blocks)
         outputs = await _done(is_long, self._signature.tensors, wanted, results)
         num_rows = sum(block.num_rows for block in blocks)
         self._num_rows += num_rows
-        yield Predicted(outputs, num_rows, self._version)
+        yield Predicted(outputs, num_rows, self._version, Usage(0, 0, compute_us=compute_us))
 
     async def generate(self, call: Generate) -> AsyncIterator[Chunk]:
         """Raises ModelNotSupported: this is no language model."""
@@ -104,7 +104,7 @@ class Predictor:
     async def stats(self) -> dict[str, Any]:
         """The batches' counters, and the rows of answered calls."""
         counts = self._batches.stats
-        told = {name: counts[name] for name in ("steps", "busy_s", "aborted", "streams", "waiting")}
+        told = {name: counts[name] for name in ("steps", "busy_s", "attributed_s", "held_s", "aborted", "streams", "waiting")}
         return {**told, "predicted_rows": self._num_rows, "asleep": int(self._table is None)}
 
     async def sleep(self) -> None:

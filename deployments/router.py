@@ -272,10 +272,7 @@ class ServeModels:
         except Exception as error:
             log.info("no stats", extra={"model": name, "reason": platform_error(error, name).message})
             return {}
-        total: Counter[str] = Counter()
-        for counters in replicas:
-            total.update({field: value for field, value in counters.items() if isinstance(value, (int, float))})
-        return dict(total)
+        return summed(replicas)
 
     async def _learn(self, name: str) -> Facts | None:
         asked, facts = self._clock(), None
@@ -298,6 +295,15 @@ class ServeModels:
         self._infos[name] = info
         (self._asleep.add if info.get("asleep") else self._asleep.discard)(name)
         return True
+
+
+def summed(replicas: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What a model's replicas count, added up; `oldest_s` is how long the first of them has counted."""
+    total: Counter[str] = Counter()
+    for counters in replicas:
+        total.update({field: value for field, value in counters.items() if isinstance(value, (int, float))})
+    ages = [counters["held_s"] for counters in replicas if "held_s" in counters]
+    return dict(total) | ({"oldest_s": max(ages)} if ages else {})
 
 
 def _serve_handle(name: str) -> Any:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import struct
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +43,9 @@ from deployments.slots import Slots
 from deployments.tools.formats import find_format
 from mmaas.up import Platform
 
+WORD_US = 1000
+"""What a word of an echo has cost."""
+
 ECHO = Deployment(name="echo", model="models:/echo@champion", created_at=1_700_000_000.0)
 
 
@@ -55,11 +58,14 @@ def echo_chunks(request: Generate) -> Iterator[Chunk]:
         if any(stop in word for word in words):
             words = words[: next(i for i, word in enumerate(words) if stop in word)]
             reason = "stop"
+    begun: Usage | None = Usage(prompt_tokens=7, completion_tokens=0, cached_tokens=3)
     for word in words:
         logprobs = (_logprob(word, sampling.logprobs),) if sampling.logprobs is not None else ()
-        yield Chunk(tuple(Delta(i, word, token_ids=(len(word),), logprobs=logprobs) for i in range(sampling.n)))
-    usage = Usage(prompt_tokens=7, completion_tokens=len(words) * sampling.n, cached_tokens=3)
-    yield Chunk(tuple(Delta(i, "", finish_reason=reason) for i in range(sampling.n)), usage)
+        deltas = tuple(Delta(i, word, token_ids=(len(word),), logprobs=logprobs) for i in range(sampling.n))
+        yield Chunk(deltas, begun=begun, compute_us=WORD_US)
+        begun = None
+    usage = Usage(7, len(words) * sampling.n, cached_tokens=3, compute_us=len(words) * WORD_US)
+    yield Chunk(tuple(Delta(i, "", finish_reason=reason) for i in range(sampling.n)), usage, begun)
 
 
 def _words(request: Generate) -> list[str]:
@@ -80,7 +86,7 @@ def with_failures(chunks: Iterator[Chunk], fails: Mapping[int, int]) -> Iterator
     for number, chunk in enumerate(chunks):
         kept = [delta for delta in chunk.deltas if number < fails.get(delta.index, number + 1)]
         ends = [Delta(index, "", finish_reason="error") for index, last in fails.items() if number == last]
-        yield Chunk((*kept, *ends), chunk.usage)
+        yield replace(chunk, deltas=(*kept, *ends))
 
 
 class EchoModels:

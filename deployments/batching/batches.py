@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from cluster.errors import Overloaded, PlatformError, Unavailable
+from cluster.tenancy.attribution import MICROSECONDS, ComputeMeter
 from deployments.batching.lines import Call, Lines, Piece
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Answer:
     results: list[Any]
     missing: int
     done: asyncio.Future[None]
+    compute_us: int = 0
 
 
 class Batches(Generic[Row, Result]):
@@ -60,11 +62,13 @@ class Batches(Generic[Row, Result]):
         self._speed = speed
         self._began: float | None = None
         self._counts = {"steps": 0, "rows": 0, "tokens": 0, "aborted": 0, "busy_s": 0.0}
+        self._meter = ComputeMeter()
+        self._started = time.monotonic()
         self._loop = asyncio.get_running_loop().create_task(self._serve())
 
-    async def submit(self, tenant: bytes, rows: Sequence[Row]) -> list[Result]:
-        """One result a row. Raises Overloaded at once when the queue is full, or later when this call had to make room for a tenant
-        that has less. Cancelling this takes out the rows that still wait."""
+    async def submit(self, tenant: bytes, rows: Sequence[Row]) -> tuple[list[Result], int]:
+        """One result a row, and the microseconds of the steps that were for them. Raises Overloaded at once when the queue is full,
+        or later when this call had to make room for a tenant that has less. Cancelling this takes out the rows that still wait."""
         leaving = self._lines.make_room(tenant, sum(len(row) for row in rows))
         if leaving is None:
             raise self._full()
@@ -80,12 +84,13 @@ class Batches(Generic[Row, Result]):
             del self._answers[call]
             self._counts["aborted"] += bool(call.rows)
             self._lines.discard(call)
-        return answer.results
+        return answer.results, answer.compute_us
 
     @property
     def stats(self) -> dict[str, float]:
         waiting = {"waiting": self._lines.num_rows, "waiting_tokens": self._lines.num_tokens, "streams": len(self._answers)}
-        return {**self._counts, **waiting, "tokens_per_s": self._speed}
+        times = {"attributed_s": self._meter.attributed / MICROSECONDS, "held_s": time.monotonic() - self._started}
+        return {**self._counts, **waiting, **times, "tokens_per_s": self._speed}
 
     @property
     def step_s(self) -> float:
@@ -135,13 +140,17 @@ class Batches(Generic[Row, Result]):
                 answer.done.set_result(None)
 
     def _count(self, step: Sequence[Piece], seconds: float) -> None:
-        tokens = sum(len(piece.row) for piece in step)
+        lengths = [len(piece.row) for piece in step]
+        tokens = sum(lengths)
         self._began = None
         self._counts["steps"] += 1
         self._counts["rows"] += len(step)
         self._counts["tokens"] += tokens
         self._counts["busy_s"] += seconds
         self._speed = smoothed(self._speed, tokens, seconds)
+        for piece, share in zip(step, self._meter.step(seconds, lengths), strict=True):
+            if answer := self._answers.get(piece.call):  # its caller wakes up after this
+                answer.compute_us += share
 
     def _full(self) -> Overloaded:
         wait_s = min(30.0, max(1.0, self._lines.num_tokens / self._speed))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cluster.settings import EngineSettings
+from cluster.tenancy.attribution import MICROSECONDS, ComputeMeter
 from cluster.types import Constraint, FinishReason, Priority, Sampling
 from deployments.engine.batch import Batch
 from deployments.engine.blocks import BlockPool
@@ -65,9 +66,9 @@ class Request(msgspec.Struct, frozen=True):
         return self.salt if self.adapter is None else hashlib.sha256(self.salt + b"\0adapter\0" + self.adapter.digest).digest()
 
 
-class Output(msgspec.Struct, frozen=True, array_like=True):
+class Output(msgspec.Struct, array_like=True):
     """One sampled token of one choice, or none (-1) with the finish reason `error`. `cached` counts prompt tokens that the prefix
-    cache gave, with the first output."""
+    cache gave, with the first output; `compute_us` is what the choice has cost so far, this step included."""
 
     request_id: int
     index: int
@@ -76,6 +77,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
     cached: int = 0
+    compute_us: int = 0
 
 
 class Stats(msgspec.Struct):
@@ -98,6 +100,8 @@ class Stats(msgspec.Struct):
     failed: int = 0  # choices that ended because no token could be chosen
     busy_s: float = 0.0
     model_s: float = 0.0  # of busy_s, the time inside the model
+    attributed_s: float = 0.0  # of busy_s, what requests have got as theirs
+    held_s: float = 0.0  # since the start
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,12 @@ class Engine:
     _flights: deque[Flight] = field(default_factory=deque)  # the oldest first
     _requests: dict[int, list[Sequence]] = field(default_factory=dict)  # the unfinished choices of each request
     _counts: Stats = field(default_factory=Stats)  # gauges stay zero here: `stats` reads them where they live
+    _meter: ComputeMeter = field(default_factory=ComputeMeter)
+    _spoke: list[Sequence] = field(default_factory=list)  # in the step that lands: whose outputs they are
+    _began: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._began = self.clock()
 
     @classmethod
     def of(
@@ -234,10 +244,21 @@ class Engine:
         seconds = self.clock() - began
         self._counts.steps += 1
         self._counts.busy_s += seconds
+        self._attribute(flight, seconds, outputs)
         self.chunking.learn(*_composition(slices), seconds)
         if self.speculation:
             self.speculation.learn(slices, seconds)
         return outputs
+
+    def _attribute(self, flight: Flight, seconds: float, outputs: list[Output]) -> None:
+        """Split the step's time over everybody in it, those who have left meanwhile too, and say with the outputs what it has come
+        to."""
+        shares = self._meter.step(seconds, flight.batch.counts.tolist())
+        for item, share in zip(flight.slices, shares, strict=True):
+            item.sequence.compute_us += share
+        for output, sequence in zip(outputs, self._spoke, strict=True):
+            output.compute_us = sequence.compute_us
+        self._spoke.clear()
 
     def uses(self, slot: int) -> bool:
         """Whether an unfinished sequence, running or waiting, has the adapter in this slot."""
@@ -251,6 +272,8 @@ class Engine:
             waiting=len(scheduler.waiting),
             waiting_batch=scheduler.waiting.batch.num_waiting,
             preemptions=scheduler.num_preemptions,
+            attributed_s=self._meter.attributed / MICROSECONDS,
+            held_s=self.clock() - self._began,
             blocks_total=pool.num_blocks,
             blocks_used=pool.num_used,
             blocks_cached=pool.num_cached,
@@ -285,6 +308,7 @@ class Engine:
         return {row: allowed[place] for place, (row, matcher) in enumerate(matchers.items()) if not matcher.has_failed}
 
     def _take(self, sequence: Sequence, sampled: Sampled) -> Output:
+        self._spoke.append(sequence)
         cached = 0
         if sequence.num_output == 0:
             cached = sequence.num_cached

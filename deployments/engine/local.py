@@ -35,6 +35,7 @@ class Generation:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0  # of the prompt
+    compute_us: int = 0  # of the steps' time, what was for it
     started_at: float = 0.0
     first_token_s: float = 0.0
     finished_s: float = 0.0
@@ -186,6 +187,7 @@ class LocalEngine:
             result.token_ids.append(output.token)
             result.token_times_s.append(now)
         result.cached_tokens += output.cached
+        result.compute_us = output.compute_us
         if output.logprob is not None:
             result.logprobs.append(output.logprob)
         if output.finish_reason:

@@ -43,6 +43,7 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens that were found in the prefix cache
     num_paid: int = 0  # tokens that its tenant was charged for
+    compute_us: int = 0  # of all steps that it was in, the time that was for it
     blocks: array[int] = field(default_factory=lambda: array("i"))
     num_sealed: int = 0  # blocks whose content the pool knows
     digests: list[bytes] = field(default_factory=list)  # of the full blocks' tokens, as far as known

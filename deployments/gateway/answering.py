@@ -133,4 +133,4 @@ def _shifted(stream: AsyncGenerator[Chunk, None], by: int) -> AsyncGenerator[Chu
 async def _shift(stream: AsyncGenerator[Chunk, None], by: int) -> AsyncGenerator[Chunk, None]:
     async with aclosing(stream):
         async for chunk in stream:
-            yield Chunk(tuple(replace(delta, index=delta.index + by) for delta in chunk.deltas), chunk.usage)
+            yield replace(chunk, deltas=tuple(replace(delta, index=delta.index + by) for delta in chunk.deltas))

@@ -162,7 +162,10 @@ def key_of(name: str, version: str, request: Generate | Encode) -> bytes:
 
 
 def from_cache(item: Item) -> Item:
-    return item if item.usage is None else replace(item, usage=replace(item.usage, from_cache=True))
+    """The same as nobody computed it."""
+    if isinstance(item, Chunk) and item.compute_us:
+        item = replace(item, compute_us=0)
+    return item if item.usage is None else replace(item, usage=replace(item.usage, from_cache=True, compute_us=0))
 
 
 def is_whole(request: Generate | Encode, items: Sequence[Chunk | Encoded]) -> bool:
@@ -183,8 +186,8 @@ def merged(items: list[Item]) -> list[Item]:
     """The same answer in one item: what is known whole is said at once."""
     if not isinstance(items[0], Chunk):
         return items
-    whole = Chunk(tuple(delta for item in items if isinstance(item, Chunk) for delta in item.deltas), items[-1].usage)
-    return [whole]
+    deltas = tuple(delta for item in items if isinstance(item, Chunk) for delta in item.deltas)
+    return [Chunk(deltas, items[-1].usage, items[0].begun)]
 
 
 async def _alone(models: Models, name: str, request: Encode) -> AsyncGenerator[Encoded, None]:

@@ -52,6 +52,7 @@ class Exchange:
     spoken: int = 0  # output tokens so far
     prompt_tokens: int = 0  # of the calls that the model has begun to answer
     cached_tokens: int = 0  # of these, what the prefix cache gave
+    compute_us: int = 0  # of the model so far
     finish_reason: str | None = None  # of the choice that ended last
     on_words: Callable[[], None] | None = None  # hears that there is more of it
     headers: dict[str, str] = field(default_factory=dict)  # of the answer, also of an error
@@ -73,6 +74,7 @@ class Exchange:
             if chunk.begun is not None:
                 self.prompt_tokens += chunk.begun.prompt_tokens
                 self.cached_tokens += chunk.begun.cached_tokens
+            self.compute_us += chunk.compute_us
             for delta in chunk.deltas:
                 self.spoken += len(delta.token_ids)
                 self.finish_reason = delta.finish_reason or self.finish_reason
@@ -87,7 +89,12 @@ class Exchange:
         if self.headers.get("x-cache") in ("hit", "shared"):
             return Metered(replayed_tokens=self.prompt_tokens + self.spoken)
         cached = min(self.cached_tokens, self.prompt_tokens)
-        return Metered(input_tokens=self.prompt_tokens - cached, cached_tokens=cached, output_tokens=self.spoken)
+        return Metered(
+            input_tokens=self.prompt_tokens - cached,
+            cached_tokens=cached,
+            output_tokens=self.spoken,
+            compute_seconds=self.compute_us,
+        )
 
     def record(self, route: str | None) -> None:
         """Count and log the finished call. Only a model that answered becomes a label: others are a caller's words."""

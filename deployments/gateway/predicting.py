@@ -26,7 +26,7 @@ async def predicted(entrance: Entrance, call: InferCall, notes: Exchange) -> Pre
                 found = await models.predict(call.model, call.asked)
         except TimeoutError:
             raise DeadlineExceeded(f"The answer took longer than {seconds:g} s.") from None
-        notes.rows = found.rows
+        notes.rows, notes.compute_us = found.rows, found.usage.compute_us
         return found
 
 

@@ -1,8 +1,8 @@
-"""`mmaas usage`: what was used in a month, and what it came to."""
+"""`mmaas usage`: what was used in a month, and what it came to; with `--reconcile`, whether compute seconds are all on bills."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +11,7 @@ import typer
 from mmaas.commands.platform import JSON
 
 if TYPE_CHECKING:
+    from cluster.tenancy.attribution import Reconciliation
     from cluster.tenancy.usage_report import Sum
 
 MONTH_HELP = "A month like 2026-11, in UTC."
@@ -45,9 +46,13 @@ def usage(
     month: Annotated[str | None, typer.Option(help=f"{MONTH_HELP} By default the one that runs.")] = None,
     by: Annotated[list[By] | None, typer.Option(help="Sum by this; repeat for several. By default project and model.")] = None,
     organization: Annotated[str | None, typer.Option(help="Only this organization's.")] = None,
+    reconcile: Annotated[bool, typer.Option("--reconcile", help="Compare the replicas' busy time with what was billed.")] = False,
     as_json: JSON = False,
 ) -> None:
     """Show tokens, requests and amounts of a month."""
+    if reconcile:
+        _reconcile(is_alone=not (month or by or organization), as_json=as_json)
+        return
     import time
 
     from cluster import settings
@@ -69,6 +74,44 @@ def usage(
         write_json([_as_json(each) for each in found])
     else:
         _print(found, asked.by)
+
+
+def _reconcile(*, is_alone: bool, as_json: bool) -> None:
+    from cluster import settings
+    from cluster.errors import InvalidRequest
+    from mmaas import reconciled
+    from mmaas.output import write_json
+    from mmaas.up import opened_store
+
+    if not is_alone:
+        raise InvalidRequest("--reconcile compares everything since the replicas have started; give it alone", param="reconcile")
+    loaded = settings.load()
+    with opened_store(loaded) as store:
+        found = reconciled.collect(loaded, store)
+    if as_json:
+        write_json({model: _seconds(each) | {"error_percent": round(100 * each.error, 4)} for model, each in found.items()})
+    else:
+        _print_reconciled(found)
+
+
+def _seconds(each: Reconciliation) -> dict[str, float]:
+    seconds = {"held": each.held, "busy": each.busy, "idle": each.idle, "attributed": each.attributed, "billed": each.billed}
+    return {name: round(value, 6) for name, value in seconds.items()}
+
+
+def _print_reconciled(found: Mapping[str, Reconciliation]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from mmaas.output import console
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model")
+    for heading in ("held s", "busy s", "idle s", "attributed s", "billed s", "error"):
+        table.add_column(heading, justify="right")
+    for model, each in found.items():
+        table.add_row(Text(model), *(f"{value:,.3f}" for value in _seconds(each).values()), f"{each.error:+.2%}")
+    console().print(table)
 
 
 def _as_json(each: Sum) -> dict[str, object]:

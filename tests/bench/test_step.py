@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from bench.harness import Row
-from bench.step import Case, Measurement, NoModel, rows, steps, table
+from bench.step import Case, Measurement, NoModel, Unmetered, rows, steps, table
 from deployments.engine.batch import Batch
+from deployments.engine.engine import Engine
 
-MEASURED = [Measurement("decode", 32, schedule_us=10.0, pack_us=1.0, deliver_us=20.0, broadcast_us=100.0, batch_ints=99)]
+MEASURED = [
+    Measurement("decode", 32, schedule_us=10.0, pack_us=1.0, deliver_us=20.0, broadcast_us=100.0, batch_ints=99, metering_us=2.0)
+]
 
 
 def counts(case: Case, num_steps: int) -> list[list[int]]:
@@ -41,6 +44,15 @@ def test_decoders_go_on_from_their_context() -> None:
     assert all(after == before + 1 for before, after in pairwise(starts))
 
 
+def test_steps_with_and_without_metering_do_the_same_work() -> None:
+    case, batches = Case(running=3, chunk=16, context=20), []
+    for kind in (Engine, Unmetered):
+        model = NoModel(case.running + 1, vocab_size=8)
+        list(steps(case, 12, model, kind))
+        batches.append([batch.tolist() for batch in model.batches])
+    assert batches[0] == batches[1]
+
+
 def test_only_a_step_of_two_ranks_packs_and_broadcasts() -> None:
     assert (MEASURED[0].total_us(1), MEASURED[0].total_us(2)) == (30.0, 131.0)
 
@@ -59,6 +71,7 @@ def test_the_table_adds_up() -> None:
         "sequences": "32",
         "schedule": "10",
         "deliver": "20",
+        "of it metering": "2",
         "all, tp=1": "30",
         "pack": "1",
         "broadcast": "100",

@@ -20,9 +20,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def feed(
-    tokenizer: Tokenizer, text: str, *, step: int = 1, stop: tuple[str, ...] = (), n: int = 1
+    tokenizer: Tokenizer, text: str, *, step: int = 1, stop: tuple[str, ...] = (), n: int = 1, cost_us: int = 0
 ) -> tuple[list[Chunk], list[int]]:
-    """The chunks of an answer `text` that arrives `step` tokens at a time, and the choices that were stopped."""
+    """The chunks of an answer `text` that arrives `step` tokens at a time, each for `cost_us`, and which choices were stopped."""
     stopped: list[int] = []
     request = Request(1, tokenizer.encode("hello"), Sampling(stop=stop, n=n), 1000, [], 0)
     answer = Answer(tokenizer, request, is_chat=True, stop_choice=stopped.append)
@@ -31,7 +31,12 @@ def feed(
     for start in range(0, len(tokens), step):
         last = start + step >= len(tokens)
         outputs = [
-            Output(1, index, token, finish_reason="length" if last and place == len(tokens[start : start + step]) - 1 else None)
+            Output(
+                *(1, index, token),
+                finish_reason="length" if last and place == len(tokens[start : start + step]) - 1 else None,
+                cached=3 if start + place == 0 else 0,
+                compute_us=cost_us * (start + place + 1),
+            )
             for index in range(n)
             for place, token in enumerate(tokens[start : start + step])
         ]
@@ -64,7 +69,29 @@ def test_stop_string_cuts_the_text_and_stops_the_choice(tokenizer: Tokenizer, st
 def test_usage_counts_the_tokens_that_were_used(tokenizer: Tokenizer) -> None:
     chunks, _ = feed(tokenizer, "abc", n=2)
     assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
-    assert chunks[-1].usage == Usage(len(tokenizer.encode("hello")), 2 * len(tokenizer.encode("abc")))
+    assert chunks[-1].usage == Usage(len(tokenizer.encode("hello")), 2 * len(tokenizer.encode("abc")), cached_tokens=3)
+
+
+@pytest.mark.parametrize("step", [1, 100])
+def test_the_first_chunk_alone_says_what_the_prompt_takes(tokenizer: Tokenizer, step: int) -> None:
+    chunks, _ = feed(tokenizer, "abc", n=3, step=step)
+    assert [chunk.begun for chunk in chunks] == [Usage(len(tokenizer.encode("hello")), 0, 3)] + [None] * (len(chunks) - 1)
+
+
+def test_compute_adds_up_over_chunks_and_choices(tokenizer: Tokenizer) -> None:
+    chunks, _ = feed(tokenizer, "one two STOP three four five", n=2, cost_us=10)
+    usage, tokens = chunks[-1].usage, len(tokenizer.encode("one two STOP three four five"))
+    assert usage is not None
+    assert [chunk.compute_us for chunk in chunks] == [20] * tokens
+    assert usage.compute_us == 20 * tokens
+
+
+def test_an_answer_that_stops_itself_has_cost_what_it_took_until_then(tokenizer: Tokenizer) -> None:
+    chunks, _ = feed(tokenizer, "one two STOP three four five", stop=("STOP",), cost_us=10)
+    end = next(place for place, chunk in enumerate(chunks) if chunk.usage)
+    usage = chunks[end].usage
+    assert usage is not None
+    assert usage.compute_us == sum(chunk.compute_us for chunk in chunks) == 10 * (end + 1)
 
 
 def test_held_back_text_comes_with_the_end(tokenizer: Tokenizer) -> None:

@@ -30,6 +30,8 @@ async def test_everybody_gets_the_answers_to_its_own_rows(iris: Path) -> None:
     stats = await made.stats()
     assert stats["predicted_rows"] == sum(sizes)
     assert stats["steps"] < len(sizes), "calls that came together were computed together"
+    assert sum(one.usage.compute_us for one in found) == round(stats["attributed_s"] * 1e6)
+    assert stats["attributed_s"] == pytest.approx(stats["busy_s"], abs=1.1e-6), "and they share the time of every step"
     await made.close()
 
 

@@ -15,7 +15,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from cluster.errors import ContextLengthExceeded, ModelNotFound, Overloaded, PlatformError, ReplicaLost, Unavailable
 from cluster.types import Adapter, Chunk, Delta, Generate, Predict, Predicted, Usage
-from deployments.router import FACTS_S, Facts, ServeModels, platform_error
+from deployments.router import FACTS_S, Facts, ServeModels, platform_error, summed
 from tests.fakes import ECHO
 
 
@@ -96,6 +96,13 @@ def models_with(handle: Answering) -> ServeModels:
     models = ServeModels(lambda: [ECHO])
     models._handles["echo"] = handle
     return models
+
+
+def test_replicas_add_up_and_the_oldest_says_since_when() -> None:
+    replicas = [{"steps": 3, "held_s": 10.0, "pids": [1]}, {"steps": 4, "held_s": 2.5, "pids": [2]}]
+    assert summed(replicas) == {"steps": 7, "held_s": 12.5, "oldest_s": 10.0}
+    assert summed([{"steps": 3}]) == {"steps": 3}
+    assert summed([]) == {}
 
 
 @pytest.mark.parametrize("error", [None, ActorDiedError()])

@@ -49,6 +49,27 @@ def test_usage_comes_last_in_a_stream_that_asks_for_it(platform: RunningPlatform
     assert chunks[0].choices[0].delta.role == "assistant"
 
 
+def test_the_time_that_a_model_works_is_on_the_bill(platform: RunningPlatform) -> None:
+    def looked() -> tuple[float, ...]:
+        found = json.loads(platform.mmaas("usage", "--reconcile", "--json").stdout)[MODEL]
+        assert found["held"] > found["busy"]
+        return tuple(found[name] for name in ("busy", "attributed", "billed"))
+
+    def settled() -> tuple[float, ...]:
+        """Once nothing runs any more: an engine says every second what it has done."""
+        seen = [looked()]
+        until(lambda: seen.append(looked()) or seen[-1] == seen[-2], 60)
+        return seen[-1]
+
+    before = settled()
+    platform.client().chat.completions.create(**GREEDY, n=2)
+    streamed(platform.client(), max_tokens=200, messages=[{"role": "user", "content": "What is a compute second?"}])
+    busy, attributed, billed = (after - earlier for after, earlier in zip(settled(), before, strict=True))
+    assert busy > 0
+    assert attributed == pytest.approx(busy, abs=1e-5)
+    assert abs(busy - billed) < 0.01 * busy
+
+
 def test_stop_string_ends_the_answer_before_itself(platform: RunningPlatform) -> None:
     client = platform.client()
     text = client.chat.completions.create(**GREEDY).choices[0].message.content or ""

@@ -19,9 +19,12 @@ from cluster.tenancy.ledger import Ledger
 from cluster.tenancy.spend_alerts import SpendAlerts
 from cluster.types import Usage
 from mmaas.cli import run
+from mmaas.quickstart import Quickstart
 from mmaas.up import opened_store
 from tests.cluster.tenancy.accounts import caller
 from tests.cluster.tenancy.conftest import Clock
+from tests.deployments.gateway.conftest import serving
+from tests.fakes import EchoModels, KeyRing
 
 OCTOBER = periods.month_start(periods.parse_month("2025-10"))
 PRICES = '{"charges": [{"meter": "output_tokens", "price": "2", "per": 1000}, {"meter": "requests", "price": "0.01"}]}'
@@ -67,6 +70,42 @@ def test_usage_of_a_month_by_what_is_asked(store: Store, capsys: Printed) -> Non
     assert "completions" in printed(capsys, "usage", "--month", "2025-10", "--by", "operation", "--by", "user")
     assert json.loads(printed(capsys, "usage", "--month", "2025-09", "--json")) == []
     assert run(["usage", "--month", "october"]) == 1
+
+
+class Counted(EchoModels):
+    """Says of its models what replicas count."""
+
+    async def stats(self) -> dict[str, dict[str, float]]:
+        worked = {"held_s": 100.0, "busy_s": 10.0, "attributed_s": 9.999, "oldest_s": 50.0}
+        return {"chat": worked, "idle": worked | {"busy_s": 0.0, "attributed_s": 0.0}, "older version": {"busy_s": 1.0}}
+
+
+def test_busy_time_beside_what_was_billed(store: Store, capsys: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(time.time() - 70)
+    ledger = Ledger(store, clock)
+    for number, (model, seconds) in enumerate((("chat", 5.0), ("chat", 9.0), ("chat:german", 0.95), ("other", 3.0))):
+        ledger.reserve(caller("web", organization="default"), f"r{number}", model, 10_000_000)
+        ledger.settle(f"r{number}", Usage(10, 500, compute_us=int(seconds * 1e6)), "finished")
+        clock.now = time.time() - 40  # the first is of a replica that is no more
+    with serving(Counted()) as server:
+        monkeypatch.setenv("MMAAS_GATEWAY__PORT", server.url.rpartition(":")[2])
+        loaded = settings.load()
+        Quickstart(f"{loaded.base_url}/v1", KeyRing.USER, KeyRing.ADMIN, "chat").save(loaded)
+        found = json.loads(printed(capsys, "usage", "--reconcile", "--json"))
+        assert found["chat"] == {
+            "held": 100,
+            "busy": 10,
+            "idle": 90,
+            "attributed": 9.999,
+            "billed": 9.95,
+            "error_percent": 0.5,
+        }
+        assert (found["idle"]["error_percent"], found["idle"]["billed"]) == (0, 0)
+        assert set(found) == {"chat", "idle"}
+        assert "+0.50%" in printed(capsys, "usage", "--reconcile")
+        assert run(["usage", "--reconcile", "--by", "project"]) == 1
+    assert run(["usage", "--reconcile"]) == 1
+    assert "run: mmaas up" in capsys.readouterr().err
 
 
 def test_an_invoice_from_draft_to_file(store: Store, capsys: Printed, tmp_path: Path) -> None:

@@ -91,6 +91,23 @@ async def test_a_full_queue_says_when_to_come_back_and_its_greediest_tenant_goes
     assert len(await calls[0]) == 400
 
 
+async def test_a_steps_time_is_split_over_the_calls_in_it(batcher: Batcher, model: Slow) -> None:
+    model.may_run.clear()
+    short = [asyncio.ensure_future(batcher.metered(b"t", rows(1, n))) for n in range(5)]
+    long, gone = (asyncio.ensure_future(batcher.metered(b"u", rows(count, 1000))) for count in (100, 90))
+    await asyncio.sleep(0.02)
+    gone.cancel()
+    model.may_run.set()
+    paid = [compute_us for _, compute_us in await asyncio.gather(*short, long)]
+    stats = batcher.stats
+    assert stats["attributed_s"] == pytest.approx(stats["busy_s"], abs=1.1e-6)
+    assert stats["busy_s"] <= stats["held_s"]
+    assert sum(paid) <= round(stats["attributed_s"] * 1e6), "who left has paid for what was computed, if anything was"
+    assert all(paid)
+    after = [await batcher.metered(b"t", rows(10, 100 * n)) for n in range(1, 6)]
+    assert sum(compute_us for _, compute_us in after) == round((batcher.stats["attributed_s"] - stats["attributed_s"]) * 1e6)
+
+
 @pytest.mark.parametrize("first", [666, 13])
 async def test_a_failure_is_an_error_for_whose_row_it_was_and_the_next_call_works(batcher: Batcher, first: int) -> None:
     with pytest.raises(PlatformError):

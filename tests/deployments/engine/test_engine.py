@@ -164,7 +164,7 @@ def test_rows_are_the_last_ones_of_each_sampled_sequence(counts: list[tuple[int,
 
 
 def answers(engine: Engine, work: list[Request], aborts: dict[int, int] | None = None) -> dict[tuple[int, int], list[Output]]:
-    """Everything that comes, by request and choice, without what depends on the prefix cache. `aborts`: request by step."""
+    """Everything that comes, by request and choice, without what depends on the prefix cache or on time. `aborts`: by step."""
     for item in work:
         engine.add(item)
     told: dict[tuple[int, int], list[Output]] = defaultdict(list)
@@ -173,7 +173,7 @@ def answers(engine: Engine, work: list[Request], aborts: dict[int, int] | None =
         if aborts and step in aborts:
             engine.abort(aborts[step])
         for output in engine.step():
-            told[output.request_id, output.index].append(msgspec.structs.replace(output, cached=0))
+            told[output.request_id, output.index].append(msgspec.structs.replace(output, cached=0, compute_us=0))
         engine.scheduler.check_integrity()
         step += 1
     assert engine.stats().blocks_used == 0

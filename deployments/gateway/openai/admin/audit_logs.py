@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.errors import InvalidRequest
 from cluster.tenancy.audit import Wanted
