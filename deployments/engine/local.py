@@ -17,7 +17,7 @@ from cluster.settings import EngineSettings
 from cluster.types import FinishReason, Quantization, Sampling
 from deployments.engine.adapter_files import content_digest
 from deployments.engine.checkpoint import inspect
-from deployments.engine.device import reserved, visible_gpus
+from deployments.engine.device import multiplies, reserved, visible_gpus
 from deployments.engine.engine import AdapterUse, Engine, Output, Request
 from deployments.engine.lead import obey
 from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, Order, ReadAdapter
@@ -58,6 +58,7 @@ class LocalEngine:
         settings = settings or EngineSettings()
         info = inspect(Path(directory), tp=tp, pp=pp, dtype=dtype, quantization=quantization)
         settings = reserved(settings, tp * pp, visible_gpus() * settings.gpus_per_shard)
+        multiplies(quantization, settings.device)
         self._meeting: tempfile.TemporaryDirectory[str] | None = tempfile.TemporaryDirectory(prefix="mmaas-")
         spec = ShardSpec(
             directory=Path(directory),

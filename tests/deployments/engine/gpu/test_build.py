@@ -21,6 +21,8 @@ from deployments.engine.gpu import build
 from deployments.engine.gpu.runner import DeviceRunner
 from deployments.engine.gpu.static import StaticDecode, uncaptured
 from deployments.engine.progress import Progress
+from deployments.engine.quantization import FORMATS
+from deployments.engine.quantized_linear import quantize_model
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.runner import Runner, load_model
 from deployments.engine.shard import Shard, ShardSpec
@@ -52,7 +54,7 @@ def _a_gpu_of_100_mib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deployments.engine.gpu.kernel", SimpleNamespace(attend=readable.attend))
 
 
-def built(directory: Path, *, exactly: int | None = None, **settings: Any) -> tuple[Any, int]:
+def built(directory: Path, *, exactly: int | None = None, quantization: str | None = None, **settings: Any) -> tuple[Any, int]:
     usual = {"block_size": 8, "max_sequences": 80, "max_batch_tokens": 64, "gpu_memory": 0.5, "speculation": 0}
     spec = ShardSpec(
         directory,
@@ -63,7 +65,10 @@ def built(directory: Path, *, exactly: int | None = None, **settings: Any) -> tu
         rendezvous=Rendezvous("", 0, 1, 60),
         exactly=exactly is not None,
     )
-    return build.gpu_runner(load_model(directory, "float32"), replace(spec), CPU, None)
+    model = load_model(directory, "float32")
+    if quantization:
+        quantize_model(model, quantization)
+    return build.gpu_runner(model, replace(spec), CPU, None)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +81,14 @@ def test_what_steps_leave_of_the_share_becomes_cache(directory: Path, settings: 
     assert num_blocks == (70 - 50 - 2 * steps) * MIB // BLOCK_BYTES
     spare = kind is not Runner
     assert (runner.runner if kind is StaticDecode else runner).cache.num_bytes == (num_blocks + spare) * BLOCK_BYTES
+
+
+@pytest.mark.parametrize("quantization", FORMATS)
+def test_weights_in_eight_bits_go_the_same_way(directory: Path, quantization: str) -> None:
+    """And may differ from the readable attention by what a rounding carries on."""
+    runner, _ = built(directory, quantization=quantization)
+    assert type(runner) is StaticDecode
+    assert runner.runner.slack > 0
 
 
 def test_a_shard_takes_its_blocks_from_what_was_planned(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
