@@ -36,7 +36,7 @@ from deployments.engine.defaults import sampling_defaults
 from deployments.engine.device import bundle, reserved
 from deployments.engine.engine import Request
 from deployments.engine.rendezvous import Rendezvous
-from deployments.engine.shard import ShardSpec, num_blocks
+from deployments.engine.shard_spec import ShardSpec, num_blocks
 from deployments.engine.tokenizer import Tokenizer
 from deployments.life import Life
 from deployments.shards import ShardGroup

@@ -23,7 +23,8 @@ from deployments.engine.lead import obey
 from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, Order, ReadAdapter
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.sequence import NO_TOKEN
-from deployments.engine.shard import Shard, ShardSpec, num_blocks
+from deployments.engine.shard import Shard
+from deployments.engine.shard_spec import ShardSpec, num_blocks
 from deployments.engine.structured import Grammars
 
 

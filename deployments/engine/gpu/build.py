@@ -18,7 +18,7 @@ from deployments.engine.runner import TOLERANCE, Runner
 
 if TYPE_CHECKING:
     from deployments.engine.group import Group
-    from deployments.engine.shard import ShardSpec
+    from deployments.engine.shard_spec import ShardSpec
 
 log = logging.getLogger(__name__)
 

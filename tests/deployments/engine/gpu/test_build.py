@@ -25,7 +25,8 @@ from deployments.engine.quantization import FORMATS
 from deployments.engine.quantized_linear import quantize_model
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.runner import Runner, load_model
-from deployments.engine.shard import Shard, ShardSpec
+from deployments.engine.runners import Runners
+from deployments.engine.shard_spec import ShardSpec
 from tests.deployments.engine.families import build as write_model
 from tests.deployments.engine.families import reference
 from tests.deployments.engine.gpu import readable
@@ -93,13 +94,12 @@ def test_weights_in_eight_bits_go_the_same_way(directory: Path, quantization: st
 
 def test_a_shard_takes_its_blocks_from_what_was_planned(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    shard: Shard = object.__new__(Shard)
     settings = EngineSettings(block_size=8, max_sequences=2, max_batch_tokens=64, cut_weights_bytes=0)
-    shard.spec = ShardSpec(directory, inspect(directory, tp=1, dtype="float32"), 1, 1, settings, Rendezvous("", 0, 1, 60))
-    shard.device, shard.group, shard.progress = CPU, None, Progress()
-    runner = shard._on_gpu()
-    assert shard.spec.num_blocks == 2 * 256 // 8
-    assert shard.progress.now().source == "model"
+    spec = ShardSpec(directory, inspect(directory, tp=1, dtype="float32"), 1, 1, settings, Rendezvous("", 0, 1, 60))
+    progress = Progress()
+    runner, planned = Runners(CPU, None, None, progress).on_gpu(spec)
+    assert planned.num_blocks == 2 * 256 // 8
+    assert progress.now().source == "model"
     runner.close()
 
 
