@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bench.embeddings import PEER, Measurement, agree, rows, summary, table
+from bench.embeddings import LEAST_TURNS, PEER, Measurement, agree, measure, rows, summary, table
 
 SECONDS = {f"{PEER}, batch 32": [4.0, 8.0, 4.0], f"{PEER}, batch 128": [5.0, 5.0, 9.0], "engine": [2.0, 5.0, 2.0]}
 
@@ -37,3 +37,18 @@ def test_embeddings_that_differ_are_no_measurement(wrong: float) -> None:
     other[1] *= wrong
     with pytest.raises(RuntimeError, match="engine gives other embeddings"):
         agree({PEER: one, "engine": other}, 0.9999)
+
+
+@pytest.mark.parametrize(("most_s", "turns"), [(0.0, LEAST_TURNS), (100.0, 4)])
+def test_a_slow_work_gets_the_least_turns_and_all_ways_get_as_many(most_s: float, turns: int) -> None:
+    calls: list[str] = []
+
+    def encode(way: str) -> np.ndarray:
+        calls.append(way)
+        return np.eye(2, dtype=np.float32)
+
+    ways = {way: lambda _, way=way: encode(way) for way in (f"{PEER}, batch 32", "engine")}
+    found = measure("mixed", "float32", ["one", "two"], ways, 4, most_s)
+    assert [len(m.ratios) for m in found] == [turns, turns]
+    assert [calls.count(way) for way in ways] == [turns + 1, turns + 1], "and one to warm up"
+    assert calls[:6] == [*ways, *ways, *reversed(ways)]
