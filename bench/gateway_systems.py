@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from bench import echo
+from bench.guarded import guarded, usual_engine
 from bench.harness import HERE
 from bench.systems import end, is_up
 from cluster import ingress, launch, raynode
@@ -27,7 +28,7 @@ from cluster.settings import Settings
 from cluster.store import Store
 from cluster.tenancy.keys import Keys
 from cluster.types import Deployment
-from tests.e2e.platform import RunningPlatform, free_ports, private_environment
+from tests.e2e.platform import free_ports
 
 BARE, OURS, LITELLM = "bare Serve + FastAPI", "mmaas gateway", "LiteLLM proxy"
 LITELLM_PROGRAM = HERE.parent / ".venv-litellm" / "bin" / "litellm"
@@ -67,10 +68,9 @@ def entrances(stream_s: float, workers: int) -> Iterator[dict[str, Entrance]]:
 @contextmanager
 def _platform(stream_s: float) -> Iterator[Settings]:
     """Ray, Serve, the echo model, our gateway and the bare application, in a home of its own."""
-    with tempfile.TemporaryDirectory(prefix="mmaas-") as home:
-        environment = {name: value for name, value in private_environment(Path(home) / "home").items() if "ENGINE" not in name}
-        environment |= {"MMAAS_GATEWAY__MAX_STREAM_S": str(stream_s + 120), "MMAAS_GATEWAY__MAX_ONGOING": "2048"}
-        loaded = RunningPlatform(environment).settings
+    gateway = {"MMAAS_GATEWAY__MAX_STREAM_S": str(stream_s + 120), "MMAAS_GATEWAY__MAX_ONGOING": "2048"}
+    with guarded(lambda home: usual_engine(home) | gateway) as platform:
+        loaded = platform.settings
         launch.start(loaded)
         try:
             _serve(loaded)
@@ -79,7 +79,6 @@ def _platform(stream_s: float) -> Iterator[Settings]:
             import ray
 
             ray.shutdown()
-            launch.stop(loaded)
 
 
 def _serve(loaded: Settings) -> None:

@@ -203,7 +203,7 @@ def runner(model: Any, spec: dict[str, Any], device: torch.device, settings: Eng
     from deployments.engine.checkpoint import ModelInfo
     from deployments.engine.gpu.build import gpu_runner
     from deployments.engine.rendezvous import Rendezvous
-    from deployments.engine.shard import ShardSpec
+    from deployments.engine.shard_spec import ShardSpec
 
     hidden, heads, parameters = spec["hidden_size"], spec["num_attention_heads"], sum(p.numel() for p in model.parameters())
     sizes = (spec["num_hidden_layers"], hidden, heads, spec["num_key_value_heads"], hidden // heads, spec["vocab_size"])

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -18,9 +17,10 @@ import psutil
 
 from bench import models
 from bench.engines import Engine, engines
+from bench.guarded import guarded, usual_engine
 from bench.harness import versions
 from cluster import launch
-from tests.e2e.platform import RunningPlatform, free_ports, private_environment
+from tests.e2e.platform import free_ports
 
 KV_CACHE_GIB = 2
 START_S = 400
@@ -53,25 +53,20 @@ class Endpoint:
 @contextmanager
 def mmaas(model: str, *, threads: int, max_sequences: int) -> Iterator[Endpoint]:
     """A platform in a home of its own, with one rank and without the prefix cache."""
-    with tempfile.TemporaryDirectory(prefix="mmaas-") as home:
-        private = private_environment(Path(home) / "home")
-        environment = {name: value for name, value in private.items() if "ENGINE" not in name} | {
-            "MMAAS_ENGINE__KV_CACHE_BYTES": str(KV_CACHE_GIB << 30),
-            "MMAAS_ENGINE__MAX_SEQUENCES": str(max_sequences),
-            "MMAAS_ENGINE__PREFIX_CACHE": "false",
-            "MMAAS_ENGINE__SPECULATION": "0",
-            "MMAAS_ENGINE__THREADS": str(threads),
-        }
-        platform = RunningPlatform(environment)
-        try:
-            words = ("up", "--model", str(models.directory(model)), "--name", model.lower(), "--tp", "1", "--dtype", "bfloat16")
-            platform.mmaas(*words, timeout=600)
-            found = platform.quickstart
-            yield Endpoint(
-                found["base_url"], found["model"], found["api_key"], versions(PACKAGES), lambda: launch.family(platform.settings)
-            )
-        finally:
-            platform.mmaas("down")
+    engine = {
+        "MMAAS_ENGINE__KV_CACHE_BYTES": str(KV_CACHE_GIB << 30),
+        "MMAAS_ENGINE__MAX_SEQUENCES": str(max_sequences),
+        "MMAAS_ENGINE__PREFIX_CACHE": "false",
+        "MMAAS_ENGINE__SPECULATION": "0",
+        "MMAAS_ENGINE__THREADS": str(threads),
+    }
+    with guarded(lambda home: usual_engine(home) | engine) as platform:
+        words = ("up", "--model", str(models.directory(model)), "--name", model.lower(), "--tp", "1", "--dtype", "bfloat16")
+        platform.mmaas(*words, timeout=600)
+        found = platform.quickstart
+        yield Endpoint(
+            found["base_url"], found["model"], found["api_key"], versions(PACKAGES), lambda: launch.family(platform.settings)
+        )
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from cluster.storage import Storage
 from cluster.store import Store
 from cluster.types import Deployment, ModelRef
 from deployments.encode import inspection as encoders
-from deployments.engine.checkpoint import inspect
+from deployments.engine.checkpoint import admit
 from deployments.predict import inspection as predictors
 
 PREFIX = "model-"
@@ -120,14 +120,7 @@ def find(deployment: Deployment, settings: Settings) -> Target:
 
 
 def _llm(deployment: Deployment, directory: Path, settings: Settings) -> Target:
-    inspect(
-        directory,
-        tp=deployment.tp,
-        pp=deployment.pp,
-        dtype=deployment.dtype,
-        max_model_len=deployment.max_model_len,
-        quantization=deployment.quantization,
-    )
+    admit(deployment, directory, settings.engine.device)
     frame = _frame(deployment, settings)
     return Target(deployment, directory, _digest(deployment, directory, directory.iterdir(), frame), frame)
 

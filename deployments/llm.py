@@ -31,12 +31,12 @@ from cluster.types import Chunk, Constraint, Delta, Deployment, Encode, Encoded,
 from deployments.adapters import Adapters, finder
 from deployments.admission import Admission
 from deployments.answer import Answer
-from deployments.engine.checkpoint import ModelInfo, inspect
+from deployments.engine.checkpoint import ModelInfo, admit
 from deployments.engine.defaults import sampling_defaults
 from deployments.engine.device import bundle, reserved
 from deployments.engine.engine import Request
 from deployments.engine.rendezvous import Rendezvous
-from deployments.engine.shard import ShardSpec, num_blocks
+from deployments.engine.shard_spec import ShardSpec, num_blocks
 from deployments.engine.tokenizer import Tokenizer
 from deployments.life import Life
 from deployments.shards import ShardGroup
@@ -75,7 +75,7 @@ class LLM:
         self._deployment = deployment
         self._cache_secret = cache_secret
         engine, path = self._settings.engine, Path(edition.directory)
-        self._model = inspected(deployment, edition.directory)
+        self._model = admit(deployment, path, engine.device)
         self._tokenizer = await asyncio.to_thread(Tokenizer.load, path)
         self._tools = find_format(self._tokenizer, engine.tool_formats.get(deployment.name))
         self._defaults = sampling_defaults(path)
@@ -279,18 +279,6 @@ def offers(call: Generate) -> bool:
     return bool(call.tools) and call.tool_choice.mode != "none"
 
 
-def inspected(deployment: Deployment, directory: str) -> ModelInfo:
-    """Raises ModelNotServable for what can't be served as the deployment says."""
-    return inspect(
-        directory,
-        tp=deployment.tp,
-        pp=deployment.pp,
-        dtype=deployment.dtype,
-        max_model_len=deployment.max_model_len,
-        quantization=deployment.quantization,
-    )
-
-
 def bundles(deployment: Deployment, model: ModelInfo, engine: EngineSettings) -> list[dict[str, float]]:
     """What a replica reserves. A bundle is always on one node: one for each stage keeps its shards together, and stages go to other
     nodes when one has not the cores, or not the memory for weights, keys and values. Without stages there is a bundle for each
@@ -307,7 +295,7 @@ def build(deployment: Deployment, edition: Edition, cache_secret: bytes, setting
     `version` restarts none of them: Serve calls `reconfigure`."""
     engine = reserved(settings.engine, deployment.tp * deployment.pp, ray.cluster_resources().get("GPU", 0.0))
     settings = settings.model_copy(update={"engine": engine})
-    model = inspected(deployment, edition.directory)
+    model = admit(deployment, edition.directory, engine.device)
     capacity = engine.max_sequences + engine.max_queued
     scaling: dict[str, Any] = {"num_replicas": deployment.min_replicas}
     if deployment.max_replicas > deployment.min_replicas:

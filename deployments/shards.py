@@ -24,7 +24,7 @@ from deployments.engine.device import bundle
 from deployments.engine.progress import Loaded, Progress
 from deployments.engine.remote import RemoteEngine
 from deployments.engine.rendezvous import Rendezvous
-from deployments.engine.shard import ShardSpec
+from deployments.engine.shard_spec import ShardSpec
 from deployments.engine.stepclock import Doing
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ModelNotServable
-from cluster.types import Quantization
+from cluster.types import Deployment, Quantization
+from deployments.engine.device import multiplies
 from deployments.engine.families import NOT_SERVABLE, NOT_SHARDABLE, NOT_SHARDABLE_WITH, SHARDABLE, STAGEABLE
 from deployments.engine.model_config import check_runs_no_code, context_length, positive, read_json
 from deployments.engine.weights import Weights, find_weights
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-FP8_NEEDS = "quantization=fp8 needs GPUs that multiply it (Ada, Hopper or newer); use int8, which CPUs multiply too"
 _INTERMEDIATE = ("intermediate_size", "ffn_dim", "n_inner", "shared_expert_intermediate_size")
 
 
@@ -45,6 +45,20 @@ class ModelInfo:
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token at `dtype`, over all layers and ranks."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+
+def admit(deployment: Deployment, directory: str | Path, device: str) -> ModelInfo:
+    """What a deployment's files hold, asked before anything starts and again by every replica. `device`: `engine.device`. Raises
+    ModelNotServable for what can't be served as the deployment says."""
+    multiplies(deployment.quantization, device)
+    return inspect(
+        directory,
+        tp=deployment.tp,
+        pp=deployment.pp,
+        dtype=deployment.dtype,
+        max_model_len=deployment.max_model_len,
+        quantization=deployment.quantization,
+    )
 
 
 def inspect(
@@ -94,10 +108,8 @@ def inspect(
 
 
 def _check_quantization(quantization: str | None) -> None:
-    """Shards compute on CPUs. Whether the model's layers can be quantised is known when it is loaded."""
-    if quantization == "fp8":
-        raise ModelNotServable(FP8_NEEDS, param="quantization")
-    if quantization not in (None, "int8"):
+    """Whether the model's layers can be quantised is known when it is loaded."""
+    if quantization not in (None, "int8", "fp8"):
         raise ModelNotServable(f"quantization must be int8 or fp8, not {quantization!r:.40}", param="quantization")
 
 

@@ -6,6 +6,11 @@ from collections.abc import Callable
 
 from cluster.errors import ModelNotServable
 from cluster.settings import EngineSettings
+from cluster.types import Quantization
+
+FP8_NEEDS = (
+    "quantization=fp8 needs GPUs that multiply it (Ada, Hopper or newer), and engine.device=cuda; use int8, which CPUs multiply too"
+)
 
 
 def choose(wanted: str, gpu: int | None, visible: Callable[[], int]) -> str:
@@ -31,6 +36,12 @@ def reserved(settings: EngineSettings, tp: int, gpus: float) -> EngineSettings:
         return settings
     device = "cuda" if gpus >= tp * settings.gpus_per_shard else "cpu"
     return settings.model_copy(update={"device": device})
+
+
+def multiplies(quantization: Quantization | None, device: str) -> None:
+    """Raises ModelNotServable for weights that `engine.device` doesn't promise to multiply; `auto` may come to be CPUs."""
+    if quantization == "fp8" and device != "cuda":
+        raise ModelNotServable(FP8_NEEDS, param="quantization")
 
 
 def bundle(settings: EngineSettings) -> dict[str, float]:

@@ -25,7 +25,7 @@ from deployments.engine.checkpoint import kv_heads
 from deployments.engine.model_config import read_json, rope_types
 
 if TYPE_CHECKING:
-    from deployments.engine.shard import ShardSpec
+    from deployments.engine.shard_spec import ShardSpec
 
 log = logging.getLogger(__name__)
 

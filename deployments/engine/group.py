@@ -26,6 +26,8 @@ HEAD = 4096
 PING, STOP = 0, -1
 ORDER = -2
 """The next number is the order's length in bytes, which come in a message of their own."""
+REFUSALS = (AssertionError, ValueError, NotImplementedError)
+"""How DeepSpeed says that it can't cut a model. Other RuntimeErrors are a lost rank, memory that is full, or our mistake."""
 
 
 class Group:
@@ -68,7 +70,7 @@ class Group:
                 engine = deepspeed.init_inference(
                     model, tensor_parallel={"tp_size": self.place.tp}, dtype=dtype, replace_with_kernel_inject=False
                 )
-        except (AssertionError, ValueError, RuntimeError, NotImplementedError) as error:
+        except REFUSALS as error:
             raise ModelNotServable(f"DeepSpeed can't cut {type(model).__name__} into {self.place.tp} parts: {error}") from error
         after = sum(parameter.numel() for parameter in engine.module.parameters())
         if after == before:

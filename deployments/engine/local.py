@@ -17,13 +17,14 @@ from cluster.settings import EngineSettings
 from cluster.types import FinishReason, Quantization, Sampling
 from deployments.engine.adapter_files import content_digest
 from deployments.engine.checkpoint import inspect
-from deployments.engine.device import reserved, visible_gpus
+from deployments.engine.device import multiplies, reserved, visible_gpus
 from deployments.engine.engine import AdapterUse, Engine, Output, Request
 from deployments.engine.lead import obey
 from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, Order, ReadAdapter
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.sequence import NO_TOKEN
-from deployments.engine.shard import Shard, ShardSpec, num_blocks
+from deployments.engine.shard import Shard
+from deployments.engine.shard_spec import ShardSpec, num_blocks
 from deployments.engine.structured import Grammars
 
 
@@ -59,6 +60,7 @@ class LocalEngine:
         settings = settings or EngineSettings()
         info = inspect(Path(directory), tp=tp, pp=pp, dtype=dtype, quantization=quantization)
         settings = reserved(settings, tp * pp, visible_gpus() * settings.gpus_per_shard)
+        multiplies(quantization, settings.device)
         self._meeting: tempfile.TemporaryDirectory[str] | None = tempfile.TemporaryDirectory(prefix="mmaas-")
         spec = ShardSpec(
             directory=Path(directory),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cluster.errors import ModelNotServable
 from cluster.types import Quantization
-from deployments.engine.checkpoint import FP8_NEEDS
+from deployments.engine.device import FP8_NEEDS
 
 SMALLEST = 2.0**-100
 """A row whose numbers are all of less is zero: the inverse of its scale would be infinite."""

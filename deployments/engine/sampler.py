@@ -14,10 +14,11 @@ answer. `choose` is the readable form of `native/sampling.cpp`, and serves where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from cluster.types import Sampling
 from deployments.engine.sequence import NO_TOKEN, Sequence
-from deployments.engine.structured import Allowed
+from deployments.engine.structured import Allowed, unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +39,22 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
-Choose = Callable[[Tensor, Items[Sequence]], list[int]]
-"""From `R x V` adjusted logits, one row for each sequence, to a token for each; NO_TOKEN where the best of a row is no number."""
+ALL: Mapping[int, Allowed] = MappingProxyType({})
+"""Of a step in which no row is held to a form."""
 
 _64_BITS = (1 << 64) - 1
 
 
-def choose(logits: Tensor, sequences: Items[Sequence]) -> list[int]:
+class Choose(Protocol):
+    """From `R x V` adjusted logits, one row for each sequence, to a token for each; NO_TOKEN where a row isn't finite or nothing
+    is left of it. `allowed` says, by row, which tokens may be chosen where not all may. May change `logits`."""
+
+    def __call__(self, logits: Tensor, sequences: Items[Sequence], allowed: Mapping[int, Allowed] = ALL) -> list[int]: ...
+
+
+def choose(logits: Tensor, sequences: Items[Sequence], allowed: Mapping[int, Allowed] = ALL) -> list[int]:
     """The specification of every `Choose`."""
+    forbid(logits, sequences, allowed)
     tokens = best(logits)
     draws = [row for row, s in enumerate(sequences) if tokens[row] != NO_TOKEN and s.sampling.temperature > 0]
     if draws:
@@ -55,18 +64,17 @@ def choose(logits: Tensor, sequences: Items[Sequence]) -> list[int]:
 
 
 def sample(
-    logits: Tensor, sequences: Items[Sequence], choose: Choose = choose, allowed: Mapping[int, Allowed] | None = None
+    logits: Tensor, sequences: Items[Sequence], choose: Choose = choose, allowed: Mapping[int, Allowed] = ALL
 ) -> list[Sampled]:
-    """`R x V` logits on any device, one row for each sequence. May change `logits`. `allowed` says, by row, which of the V tokens
-    may be chosen where not all may."""
+    """`R x V` logits on any device, one row for each sequence. May change `logits`. `allowed`: see `Choose`."""
     if logits.device.type == "cpu":
-        return sample_here(logits, sequences, choose, allowed or {})
-    return sample_there(logits, sequences, choose, allowed or {})
+        return sample_here(logits, sequences, choose, allowed)
+    return sample_there(logits, sequences, choose, allowed)
 
 
 @torch.inference_mode()
 def sample_there(
-    logits: Tensor, sequences: Items[Sequence], choose: Choose = choose, allowed: Mapping[int, Allowed] = MappingProxyType({})
+    logits: Tensor, sequences: Items[Sequence], choose: Choose = choose, allowed: Mapping[int, Allowed] = ALL
 ) -> list[Sampled]:
     """Plain greedy rows on the device that has the logits, so that only their tokens come from it; the others come whole."""
     most, tokens = logits.max(-1)
@@ -84,18 +92,16 @@ def sample_there(
 
 @torch.inference_mode()
 def sample_here(
-    logits: Tensor, sequences: Items[Sequence], choose: Choose = choose, allowed: Mapping[int, Allowed] = MappingProxyType({})
+    logits: Tensor, sequences: Items[Sequence], choose: Choose = choose, allowed: Mapping[int, Allowed] = ALL
 ) -> list[Sampled]:
     """The same on the CPU."""
     reports = {row: s.sampling.logprobs for row, s in enumerate(sequences) if s.sampling.logprobs is not None}
     raw = logits[list(reports)].float() if reports else logits
-    changed = {row for row, s in enumerate(sequences) if _is_adjusted(s.sampling) or _bans_stop(s)}
-    poisoned = [row for row in sorted(changed.union(allowed)) if not logits[row].amax().isfinite()]
-    for row in sorted(changed):
+    changed = [row for row, s in enumerate(sequences) if _is_adjusted(s.sampling) or bans_stop(s)]
+    poisoned = [row for row in changed if not logits[row].amax().isfinite()]
+    for row in changed:
         logits[row] = adjust(logits[row], sequences[row])
-    if allowed:
-        forbid(logits, sequences, allowed)
-    tokens = choose(logits, sequences)
+    tokens = choose(logits, sequences, allowed)
     for row in poisoned:  # whatever is left of it
         tokens[row] = NO_TOKEN
     if not reports:
@@ -121,18 +127,21 @@ def adjust(row: Tensor, sequence: Sequence) -> Tensor:
         row[tokens] -= torch.from_numpy(counts * sampling.frequency_penalty + sampling.presence_penalty).float()
     for token, bias in sampling.logit_bias:
         row[token] += bias
-    if _bans_stop(sequence):
+    if bans_stop(sequence):
         row[list(sequence.stop_ids)] = -torch.inf
     return row
 
 
 def forbid(logits: Tensor, sequences: Items[Sequence], allowed: Mapping[int, Allowed]) -> None:
-    """-inf in `logits` for every token that isn't allowed in its row. A row in which only tokens are allowed that may not come yet
-    (`min_tokens`) gets one of them all the same: no answer is longer than its grammar."""
-    for row, kept in allowed.items():
-        logits[row].masked_fill_(torch.from_numpy(~kept), -torch.inf)
-        if _bans_stop(sequences[row]) and logits[row].max() == -torch.inf:
-            logits[row, torch.from_numpy(kept)] = 0.0
+    """-inf in `logits` for every token that isn't allowed in its row, and for all of a row that has a NaN or +inf. A row in which
+    only tokens are allowed that may not come yet (`min_tokens`) gets one of them all the same: no answer is longer than its
+    grammar."""
+    for row, bits in allowed.items():
+        kept = torch.from_numpy(unpacked(bits, logits.shape[1]))
+        is_sound = bool(logits[row].amax() < torch.inf)
+        logits[row].masked_fill_(~kept if is_sound else torch.ones_like(kept), -torch.inf)
+        if is_sound and bans_stop(sequences[row]) and logits[row].max() == -torch.inf:
+            logits[row, kept] = 0.0
 
 
 def draw(logits: Tensor, sequences: Items[Sequence]) -> list[int]:
@@ -186,10 +195,11 @@ def _is_plain(sequence: Sequence) -> bool:
     """Whether the largest of the model's own logits is the answer, and all of it."""
     sampling = sequence.sampling
     asks = sampling.temperature > 0 or sampling.logprobs is not None or sampling.constraint is not None
-    return not (asks or _is_adjusted(sampling) or _bans_stop(sequence))
+    return not (asks or _is_adjusted(sampling) or bans_stop(sequence))
 
 
-def _bans_stop(sequence: Sequence) -> bool:
+def bans_stop(sequence: Sequence) -> bool:
+    """Whether it is too short to end."""
     return bool(sequence.stop_ids) and sequence.num_output < sequence.sampling.min_tokens
 
 

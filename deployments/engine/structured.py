@@ -34,7 +34,14 @@ MAX_USES = 256
 
 _COMPLETE = frozenset({"NoExtension", "EndOfSentence"})
 
-Allowed = npt.NDArray[np.bool_]
+Allowed = npt.NDArray[np.uint32]
+"""Which tokens may come next in one sequence: token t may if bit t % 32 of word t // 32 is set. Bits beyond the last token say
+nothing."""
+
+
+def unpacked(bits: Allowed, width: int) -> npt.NDArray[np.bool_]:
+    """A truth value for each of `width` tokens."""
+    return np.unpackbits(bits.astype("<u4", copy=False).view(np.uint8), count=width, bitorder="little").view(np.bool_)
 
 
 class Matcher:
@@ -119,19 +126,18 @@ class Grammars:
         return Matcher(constraint, kept.base.deep_copy() if kept.base else None)
 
     def allowed(self, matchers: Items[Matcher], width: int) -> Allowed:
-        """For each of R sequences, which of `width` tokens may come next: R x `width`. One that lets none follow has failed.
+        """For each of R sequences, which of `width` tokens may come next: R rows of bits. One that lets none follow has failed.
 
         One after the other: a mask takes about 10 us, and sequences of one constraint share a lexer behind a lock."""
         assert self._tokens is not None, "matchers come from here"
-        words = -(-self._tokens.vocab_size // 32)
-        bits = np.zeros((len(matchers), words), np.int32)
+        known, words = -(-self._tokens.vocab_size // 32), -(-width // 32)
+        bits = np.zeros((len(matchers), max(known, words)), np.uint32)
         for matcher, row in zip(matchers, bits, strict=True):
             if matcher.state:
-                matcher.state.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        allowed = np.zeros((len(matchers), max(width, 32 * words)), np.bool_)
-        allowed[:, : 32 * words] = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")
-        allowed = allowed[:, :width]
-        for matcher, any_allowed in zip(matchers, np.any(allowed, axis=1).tolist(), strict=True):
+                matcher.state.unsafe_compute_mask_ptr(row.ctypes.data, known * row.itemsize)
+        allowed = bits[:, :words]
+        allowed[:, -1] &= np.uint32(0xFFFFFFFF >> -width % 32)
+        for matcher, any_allowed in zip(matchers, allowed.any(axis=1).tolist(), strict=True):
             if not any_allowed or matcher.state is None or matcher.state.is_error():  # its mask is that of a finished one
                 matcher.fail()
                 self._kept.pop(matcher.constraint, None)  # what is full may be the lexer, which others share

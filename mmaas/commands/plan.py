@@ -47,24 +47,24 @@ def plan(
 
     Exit status 1 when none fits."""
     from cluster import settings
-    from cluster.desired import QUANTIZATIONS
+    from cluster.desired import checked_quantization
     from cluster.errors import ModelNotServable
     from deployments.engine import census, layouts
     from deployments.engine.checkpoint import DTYPE_BYTES
+    from deployments.engine.device import multiplies
     from deployments.engine.model_config import read_json
     from mmaas.output import write_json
 
     if dtype not in DTYPE_BYTES:
         raise ModelNotServable(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {dtype!r:.40}", param="dtype")
-    if quantization not in (None, *QUANTIZATIONS):
-        raise ModelNotServable(f"quantization must be int8 or fp8, not {quantization!r:.40}", param="quantization")
-    loaded = settings.load()
+    loaded, kind = settings.load(), checked_quantization(quantization)
+    multiplies(kind, "cuda" if memory else loaded.engine.device)
     path = _path(model, loaded)
     found = census.take(path)
-    if quantization and found.expert_parameters:
+    if kind and found.expert_parameters:
         raise ModelNotServable(f"{found.model_type} can't be quantised: its experts are no linear modules", param="quantization")
     length = max_model_len or min(found.max_model_len, USUAL_LENGTH)
-    load = layouts.Load(dtype, length, sequences, loaded.engine.max_batch_tokens, quantization)
+    load = layouts.Load(dtype, length, sequences, loaded.engine.max_batch_tokens, kind)
     where, machines = _machines(loaded, nodes, gpus_per_node, memory)
     config = read_json(path / "config.json" if path.is_dir() else path)
     made = layouts.plan(found, config, machines, load, tp=tp, pp=pp)

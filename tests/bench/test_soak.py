@@ -10,8 +10,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bench.soak import IN_FLIGHT, NUM_BLOCKS, SETTINGS, Soak, draw, soak, table, tiny_engine
+from bench.soak import soak
+from bench.soak_engine import NUM_BLOCKS, SETTINGS, tiny_engine
+from bench.soak_report import draw, table
 from bench.soak_requests import LEAVES, NUM_KNOWN, Plan, plans
+from bench.soak_run import IN_FLIGHT, Soak
 from bench.step import NoModel
 from cluster.types import Sampling
 from deployments.engine.engine import Engine, Output, Request

@@ -22,7 +22,8 @@ from deployments.engine.local import LocalEngine
 from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, Order, ReadAdapter
 from deployments.engine.remote import RemoteEngine
 from deployments.engine.rendezvous import Rendezvous
-from deployments.engine.shard import Shard, ShardSpec
+from deployments.engine.shard import Shard
+from deployments.engine.shard_spec import ShardSpec
 from deployments.slots import Slots
 from tests.deployments.engine.families import build
 from tests.deployments.engine.lora import LINEARS, plain_adapter, prompts

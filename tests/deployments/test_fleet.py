@@ -52,6 +52,14 @@ def test_frame_is_everything_but_the_files(tmp_path: Path) -> None:
     assert find(of["first"].deployment, slower).frame != of["first"].frame
 
 
+def test_fp8_is_found_servable_for_gpus_and_for_nothing_else(tmp_path: Path) -> None:
+    asked = Deployment("chat", str(build("llama", tmp_path / "model")), quantization="fp8")
+    for device in ("cpu", "auto"):
+        with pytest.raises(ModelNotServable, match=r"chat: quantization=fp8 .* engine\.device=cuda; use int8"):
+            find(asked, Settings(home=tmp_path, engine={"device": device}))
+    assert find(asked, Settings(home=tmp_path, engine={"device": "cuda"})).deployment == asked
+
+
 def test_a_tabular_model_is_found_and_served_as_it_was_saved(iris: Path, tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     target = find(Deployment("iris", str(iris)), settings)

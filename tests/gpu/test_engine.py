@@ -123,6 +123,28 @@ def test_bfloat16_is_no_further_from_float32_than_transformers_is(models: Any, f
     assert (ours - exact).norm() <= 1.25 * (theirs(torch.bfloat16) - exact).norm()
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_weights_in_eight_bits_give_what_is_simulated(models: Any, quantization: Any, way: str) -> None:
+    """But for roundings that fall the other way; a wrong product or scale is far beyond."""
+    from transformers import AutoModelForCausalLM
+
+    from deployments.engine.quantized_linear import quantize_model
+    from deployments.engine.runner import _probe
+
+    if quantization == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU doesn't multiply fp8")
+    directory, _ = models("llama")
+    prompt, simulated = prompts()[-1], AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    quantize_model(simulated, quantization)
+    with torch.inference_mode():
+        expected = simulated(torch.tensor([prompt])).logits[0, -1]
+    with LocalEngine(directory, settings=settings(**WAYS[way]), quantization=quantization) as engine:
+        found = engine.shard.runner.run(_probe(prompt, start=0, table=list(range(1, 11))))[0].float().cpu()
+        assert [len(answer) for answer in tokens(engine)] == [12] * len(prompts())
+    assert (found - expected).norm() <= 0.2 * expected.norm()
+
+
 def test_the_cache_fills_its_share_and_all_memory_comes_back(models: Any) -> None:
     directory, _ = models("llama")
 

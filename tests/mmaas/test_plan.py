@@ -54,6 +54,16 @@ def test_quantised_weights_take_less(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert sizes[1] - whole == pytest.approx((sizes[0] - whole) / 2, rel=0.01)
 
 
+def test_fp8_is_planned_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """That are described, or that the settings promise."""
+    command = ["plan", model(tmp_path, QWEN25_72B), "--quantization", "fp8", "--json"]
+    assert run([*command, "--gpus-per-node", "8", "--memory", "80G"]) == 0
+    assert json.loads(capsys.readouterr().out)["load"]["quantization"] == "fp8"
+    monkeypatch.setenv("MMAAS_ENGINE__DEVICE", "cuda")
+    run(command)
+    assert json.loads(capsys.readouterr().out)["load"]["quantization"] == "fp8"
+
+
 def test_nothing_that_fits_is_status_1_with_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", model(tmp_path, QWEN25_72B), "--memory", "24GiB"]) == 1
     assert "nothing fits" in capsys.readouterr().out
@@ -71,7 +81,8 @@ def test_without_a_cluster_this_machine_is_planned_for(tmp_path: Path, capsys: p
         (["--nodes", "4"], "need --memory"),
         (["--memory", "much"], "is no size"),
         (["--dtype", "int3"], "dtype must be one of"),
-        (["--quantization", "int3"], "quantization must be int8 or fp8"),
+        (["--quantization", "int3"], "not one of int8, fp8"),
+        (["--quantization", "fp8"], "engine.device=cuda; use int8"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

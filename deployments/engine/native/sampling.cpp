@@ -1,4 +1,5 @@
-// A token of each row of logits: the largest, or a draw from what temperature, top-k, top-p and min-p leave of the softmax.
+// A token of each row of logits: the largest, or a draw from what temperature, top-k, top-p and min-p leave of the softmax. Where a
+// row has a mask, of what it allows.
 //
 // `sampler.py` is the specification. No row is sorted: numbers fall into narrow buckets by their distance from the largest, and
 // only the bucket in which a limit lies is put in order.
@@ -18,9 +19,12 @@ struct Rule {
     float top_p;
     float min_p;
     int32_t top_k;  // 0: no limit
+    const uint32_t* allowed;  // null: all; else column i is if bit i % 32 of word i / 32 is set
+    int32_t relents;  // gives some allowed column even where all of them are -inf
 };
 
 constexpr int64_t NOT_FINITE = -1;
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr int64_t BLOCK = 512;            // numbers that are added up together
 constexpr int BUCKETS = 4096;
 constexpr float BUCKETS_PER_NAT = 128.0f;  // the last bucket holds all that is less likely than the best by e^-32
@@ -31,9 +35,14 @@ class Row {
     int64_t choose(const float* logits, int64_t size, const Rule& rule) {
         logits_ = logits;
         size_ = size;
-        const int64_t best = largest_column();
+        if (rule.allowed && !hold(rule.allowed)) return NOT_FINITE;
+        int64_t best = largest_column();
+        if (best == NOT_FINITE && rule.allowed && rule.relents) {
+            relent(rule.allowed);
+            best = largest_column();
+        }
         if (best == NOT_FINITE || rule.temperature <= 0) return best;
-        most_ = logits[best];
+        most_ = logits_[best];
         slope_ = 1.0f / rule.temperature;
         weigh();
         if (rule.top_k > 0 || rule.top_p < 1) truncate(rule);
@@ -46,13 +55,46 @@ class Row {
     const float* logits_ = nullptr;
     int64_t size_ = 0;
     float most_ = 0, slope_ = 1;
+    std::vector<float> held_;        // the logits, -inf where they aren't allowed
     std::vector<float> weights_;     // of each column, the best one's is 1; padded with zeros to whole vectors
-    std::vector<uint16_t> buckets_;  // of each column
+    std::vector<uint16_t> buckets_;  // of each column; BUCKETS of one that is hidden
     std::vector<int32_t> edge_;      // columns of the bucket in which a limit lies, best first
+
+    // Hides what isn't allowed. Says whether the row is without a NaN or +inf, allowed or not.
+    bool hold(const uint32_t* allowed) {
+        held_.resize(size_t(size_));
+        Ints sound = ~Ints{};
+        int64_t i = 0;
+        for (; i + LANES <= size_; i += LANES) {
+            const Floats v = load<Floats>(logits_ + i);
+            sound &= v < splat(INFINITE);
+            store(&held_[i], select(lanes(allowed[i / 32] >> i % 32), v, splat(-INFINITE)));
+        }
+        for (; i < size_; ++i) {
+            sound[0] &= -int32_t(logits_[i] < INFINITE);
+            held_[i] = is_set(allowed, i) ? logits_[i] : -INFINITE;
+        }
+        logits_ = held_.data();
+        bool all = true;
+        for (int lane = 0; lane < LANES; ++lane) all &= sound[lane] != 0;
+        return all;
+    }
+
+    void relent(const uint32_t* allowed) {
+        for (int64_t i = 0; i < size_; ++i) held_[i] = is_set(allowed, i) ? 0.0f : -INFINITE;
+    }
+
+    static bool is_set(const uint32_t* bits, int64_t i) { return bits[i / 32] >> i % 32 & 1; }
+
+    // All ones in the lanes of the bits that are set, from the lowest on.
+    static MMAAS_INLINE Ints lanes(uint32_t bits) {
+        const Ints OWN = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+        return ((int32_t(bits) + Ints{}) & OWN) != 0;
+    }
 
     // The first of the largest.
     int64_t largest_column() const {
-        constexpr float HIDDEN = -std::numeric_limits<float>::infinity();
+        constexpr float HIDDEN = -INFINITE;
         float best = HIDDEN;
         int64_t found = 0;  // the block that it is in
         bool ordered = true;
@@ -84,7 +126,7 @@ class Row {
 
     void weigh() {
         weights_.assign(size_t((size_ + LANES - 1) / LANES * LANES), 0.0f);
-        const Floats hidden = splat(-std::numeric_limits<float>::infinity());
+        const Floats hidden = splat(-INFINITE);
         int64_t i = 0;
         for (; i + LANES <= size_; i += LANES) {
             const Floats v = load<Floats>(logits_ + i);
@@ -99,6 +141,10 @@ class Row {
         std::vector<double> sums(BUCKETS);
         buckets_.resize(size_t(size_));
         for (int64_t i = 0; i < size_; ++i) {
+            if (weights_[i] == 0) {
+                buckets_[i] = BUCKETS;
+                continue;
+            }
             const float distance = (most_ - logits_[i]) * (slope_ * BUCKETS_PER_NAT);
             const int bucket = distance < float(BUCKETS - 1) ? int(distance) : BUCKETS - 1;
             buckets_[i] = uint16_t(bucket);

@@ -14,7 +14,7 @@ from cluster.types import Sampling
 from deployments.engine.checkpoint import inspect
 from deployments.engine.local import LocalEngine, follow
 from deployments.engine.rendezvous import Rendezvous
-from deployments.engine.shard import ShardSpec
+from deployments.engine.shard_spec import ShardSpec
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from cluster.types import Constraint, Quantization, Sampling
 from deployments.engine.checkpoint import inspect
 from deployments.engine.local import LocalEngine, follow
 from deployments.engine.rendezvous import Rendezvous
-from deployments.engine.shard import ShardSpec
+from deployments.engine.shard_spec import ShardSpec
 from tests.deployments.engine.guesses import Guesses
 
 FORM = r"(yes|no), [0-9]{2}%"

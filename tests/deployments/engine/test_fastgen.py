@@ -17,7 +17,8 @@ from deployments.engine.checkpoint import inspect
 from deployments.engine.engine import Engine
 from deployments.engine.fastgen import POLICIES, FastGen, why_not
 from deployments.engine.rendezvous import Rendezvous
-from deployments.engine.shard import Shard, ShardSpec
+from deployments.engine.shard import Shard
+from deployments.engine.shard_spec import ShardSpec
 from tests.deployments.engine.arithmetic import Recall, request
 from tests.deployments.engine.families import build
 

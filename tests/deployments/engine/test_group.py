@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pkgutil
 import tempfile
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cluster.errors import ModelNotServable
 from deployments.engine.rendezvous import Rendezvous
+from deployments.engine.stages import Place
 from deployments.engine.wire import interface_of
 
 pytestmark = pytest.mark.timeout(240)
@@ -54,6 +57,35 @@ def _rank(rendezvous: Rendezvous, native: Path | None, report: Connection) -> No
     deepspeed.comm.inference_all_reduce(ones)
     report.send(Report(group.meeting is not None, had, float(ones[2])))
     report.recv()
+
+
+def shard(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """As a rank does whose DeepSpeed raises this."""
+    import deepspeed
+    import torch
+
+    from deployments.engine.group import Group
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(deepspeed, "init_inference", fails)
+    group: Group = object.__new__(Group)
+    group.rank, group.size, group.place = 0, 2, Place(tp=2)
+    group.shard(torch.nn.Linear(2, 2), torch.float32)
+
+
+@pytest.mark.parametrize("error", [AssertionError("no policy"), ValueError("heads"), NotImplementedError("tied")])
+def test_what_deepspeed_refuses_can_not_be_served(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    with pytest.raises(ModelNotServable, match=f"can't cut Linear into 2 parts: {error}"):
+        shard(monkeypatch, error)
+
+
+@pytest.mark.parametrize("name", ["torch.OutOfMemoryError", "torch.distributed.DistBackendError", "builtins.RuntimeError"])
+def test_a_lost_rank_or_full_memory_is_no_refusal(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    kind = pkgutil.resolve_name(name)
+    with pytest.raises(kind, match=r"^gone$"):
+        shard(monkeypatch, kind("gone"))
 
 
 def meet(*native: Path | None) -> list[Report]:

@@ -25,7 +25,8 @@ from deployments.engine.checkpoint import inspect
 from deployments.engine.local import LocalEngine
 from deployments.engine.orders import Look, Order, Sleep, Swap, Wake, pack, unpack
 from deployments.engine.rendezvous import Rendezvous
-from deployments.engine.shard import Shard, ShardSpec
+from deployments.engine.shard import Shard
+from deployments.engine.shard_spec import ShardSpec
 from tests.deployments.engine.families import FAMILIES, build, reference
 from tests.deployments.engine.test_poison import BATCH, HEALTHY, PATHS, SETTINGS, check, poison
 
@@ -136,7 +137,7 @@ def test_one_rank_sleeps_wakes_and_takes_other_weights(models: Models, path: str
 
 
 def test_weights_go_where_no_second_set_fits(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.engine.shard.available", lambda: 0)
+    monkeypatch.setattr("deployments.engine.held.available", lambda: 0)
     report = Report()
     with LocalEngine(models.first, settings=SETTINGS.model_copy(update=PATHS["native"])) as engine:
         live(engine, models, report)

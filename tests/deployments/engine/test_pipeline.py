@@ -16,7 +16,8 @@ import torch
 from deployments.engine.checkpoint import inspect
 from deployments.engine.local import LocalEngine
 from deployments.engine.rendezvous import Rendezvous
-from deployments.engine.shard import Shard, ShardSpec
+from deployments.engine.shard import Shard
+from deployments.engine.shard_spec import ShardSpec
 from tests.deployments.engine import families
 from tests.deployments.engine.families import build, reference
 from tests.deployments.engine.ranks import run_on_ranks

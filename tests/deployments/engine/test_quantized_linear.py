@@ -11,10 +11,10 @@ from torch import nn
 
 from cluster.errors import ModelNotServable
 from cluster.settings import EngineSettings
-from cluster.types import Sampling
+from cluster.types import Deployment, Sampling
 from deployments.engine import copies
 from deployments.engine.census import take
-from deployments.engine.checkpoint import inspect
+from deployments.engine.checkpoint import admit, inspect
 from deployments.engine.load import load
 from deployments.engine.local import LocalEngine
 from deployments.engine.progress import Progress
@@ -102,10 +102,22 @@ def test_a_model_whose_matrices_are_no_linear_modules_is_refused_by_name() -> No
         quantize_model(tiny.build("mixtral"), "int8")
 
 
-def test_fp8_and_nonsense_are_refused_before_anything_is_loaded(directories: dict[str, Path]) -> None:
-    for quantization, reason in (("fp8", "use int8"), ("int3", "int8 or fp8")):
-        with pytest.raises(ModelNotServable, match=reason):
-            inspect(directories["llama"], tp=1, dtype="bfloat16", quantization=quantization)
+def test_nonsense_is_refused_before_anything_is_loaded(directories: dict[str, Path]) -> None:
+    with pytest.raises(ModelNotServable, match="int8 or fp8"):
+        inspect(directories["llama"], tp=1, dtype="bfloat16", quantization="int3")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_fp8_is_refused_where_no_gpu_is_promised(directories: dict[str, Path], device: str) -> None:
+    with pytest.raises(ModelNotServable, match=r"engine\.device=cuda; use int8"):
+        admit(Deployment("m", "/m", quantization="fp8"), directories["llama"], device)
+    assert admit(Deployment("m", "/m", quantization="int8"), directories["llama"], device).quantization == "int8"
+
+
+def test_fp8_is_admitted_for_gpus_and_never_simulated_in_their_place(directories: dict[str, Path]) -> None:
+    assert admit(Deployment("m", "/m", quantization="fp8"), directories["llama"], "cuda").quantization == "fp8"
+    with pytest.raises(ModelNotServable, match="use int8"):
+        LocalEngine(directories["llama"], settings=SMALL.model_copy(update={"device": "cpu"}), quantization="fp8")
 
 
 def test_a_census_knows_what_will_be_quantised(directories: dict[str, Path]) -> None:

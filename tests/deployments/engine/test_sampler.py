@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +21,7 @@ from transformers import (
 from cluster.types import Sampling
 from deployments.engine.sampler import adjust, best, choose, draw, sample, sample_here, sample_there, truncate, uniform
 from deployments.engine.sequence import NO_TOKEN, Sequence
+from deployments.engine.structured import Allowed, unpacked
 
 SIZE = 50
 
@@ -172,3 +174,56 @@ def test_rows_that_stay_on_their_device_get_the_tokens_that_they_get_here() -> N
     logits[5, 7] = 99.0
     assert sample_there(logits.clone(), rows) == sample_here(logits.clone(), rows)
     assert sample_there(logits.clone(), rows)[5].token != 7
+
+
+def bits(*tokens: int) -> Allowed:
+    """Only these, of SIZE; what lies beyond says that everything is."""
+    found = np.zeros(-(-SIZE // 32) * 32, np.bool_)
+    found[list(tokens)] = found[SIZE:] = True
+    return np.packbits(found, bitorder="little").view("<u4").astype(np.uint32)
+
+
+@given(st.sets(st.integers(0, SIZE - 1)), st.integers(1, SIZE))
+@limits(deadline=None)
+def test_a_bit_is_a_token_and_bits_beyond_the_vocabulary_are_none(tokens: set[int], width: int) -> None:
+    assert np.flatnonzero(unpacked(bits(*tokens), width)).tolist() == sorted(token for token in tokens if token < width)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_leaves_the_best_of_what_it_allows(temperature: float) -> None:
+    logits = random_logits(4, rows=3)
+    items = [sequence(Sampling(temperature=temperature), seed=number) for number in range(3)]
+    free = [token.token for token in sample(logits.clone(), items)]
+    held = [token.token for token in sample(logits.clone(), items, allowed={1: bits(6, 41)})]
+    assert held[::2] == free[::2]
+    assert held[1] in (6, 41)
+    if not temperature:
+        assert held[1] == (6 if logits[1, 6] > logits[1, 41] else 41)
+
+
+@pytest.mark.parametrize("how", [{}, {"logit_bias": ((3, 100.0),)}, {"min_tokens": 9}, {"logprobs": 2}])
+def test_a_row_in_which_nothing_is_allowed_gives_no_token(how: dict) -> None:
+    row = sequence(Sampling(temperature=0, **how), stop_ids=frozenset({7}))
+    assert sample(random_logits(1), [row], allowed={0: bits()})[0].token == NO_TOKEN
+
+
+def test_neither_bias_nor_penalty_lifts_a_mask() -> None:
+    row = sequence(Sampling(temperature=0, logit_bias=((3, 100.0),), repetition_penalty=1.5, logprobs=1))
+    logits = random_logits(1)
+    (found,) = sample(logits.clone(), [row], allowed={0: bits(8)})
+    assert found.token == 8
+    assert found.logprob == pytest.approx(float(torch.log_softmax(logits[0], -1)[8])), "the model's own"
+
+
+def test_a_form_that_leaves_only_its_end_may_end_early() -> None:
+    row = sequence(Sampling(temperature=0, min_tokens=9), stop_ids=frozenset({7}))
+    assert sample(random_logits(1), [row], allowed={0: bits(7)})[0].token == 7
+    assert sample(random_logits(1), [row], allowed={0: bits(7, 9)})[0].token == 9
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_poison_under_a_mask_is_found(bad: float) -> None:
+    logits = random_logits(1, rows=2)
+    logits[0, 7] = bad
+    found = sample(logits, [sequence(Sampling(temperature=0))] * 2, allowed={0: bits(8), 1: bits(8)})
+    assert [row.token for row in found] == [NO_TOKEN, 8]

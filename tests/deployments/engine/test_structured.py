@@ -26,7 +26,7 @@ from deployments.engine.batch import Batch
 from deployments.engine.engine import Engine, Output, Request
 from deployments.engine.local import LocalEngine
 from deployments.engine.sequence import NO_TOKEN
-from deployments.engine.structured import Grammars
+from deployments.engine.structured import Grammars, unpacked
 from deployments.engine.tokenizer import Tokenizer
 from tests.deployments.engine import families, texts
 from tests.deployments.engine.forms import CONSTRAINTS, HOSTILE_CONSTRAINTS, SCHEMAS
@@ -186,6 +186,20 @@ def test_log_probabilities_are_the_models_own(dice: Dice) -> None:
     (outputs,) = answers(dice.engine(), [dice.request(1, constraint, logprobs=3)]).values()
     assert any(output.token not in dict(output.top) for output in outputs), "the model itself would have said something else"
     assert all(output.logprob is not None and output.logprob < 0 for output in outputs)
+
+
+@pytest.mark.parametrize("surplus", [-40, -1, 0, 1, 31, 33, 70])
+def test_tokens_that_the_tokenizer_does_not_know_are_never_allowed(dice: Dice, surplus: int) -> None:
+    """A model's logits may be wider than its vocabulary, or narrower."""
+    matchers = [dice.grammars.matcher(Constraint("regex", expression)) for expression in ("a+", "[^b]*")]
+    known = dice.tokenizer.vocab_size
+    whole = [unpacked(row, known) for row in dice.grammars.allowed(matchers, known)]
+    width = known + surplus
+    for row, expected in zip(dice.grammars.allowed(matchers, width), whole, strict=True):
+        assert len(row) == -(-width // 32)
+        every = unpacked(row, 32 * len(row))
+        assert not every[min(known, width) :].any()
+        assert (every[: min(known, width)] == expected[:width]).all()
 
 
 def test_a_failed_matcher_ends_its_sequence_alone(dice: Dice) -> None:

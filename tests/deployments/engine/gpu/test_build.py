@@ -21,9 +21,12 @@ from deployments.engine.gpu import build
 from deployments.engine.gpu.runner import DeviceRunner
 from deployments.engine.gpu.static import StaticDecode, uncaptured
 from deployments.engine.progress import Progress
+from deployments.engine.quantization import FORMATS
+from deployments.engine.quantized_linear import quantize_model
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.runner import Runner, load_model
-from deployments.engine.shard import Shard, ShardSpec
+from deployments.engine.runners import Runners
+from deployments.engine.shard_spec import ShardSpec
 from tests.deployments.engine.families import build as write_model
 from tests.deployments.engine.families import reference
 from tests.deployments.engine.gpu import readable
@@ -52,7 +55,7 @@ def _a_gpu_of_100_mib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deployments.engine.gpu.kernel", SimpleNamespace(attend=readable.attend))
 
 
-def built(directory: Path, *, exactly: int | None = None, **settings: Any) -> tuple[Any, int]:
+def built(directory: Path, *, exactly: int | None = None, quantization: str | None = None, **settings: Any) -> tuple[Any, int]:
     usual = {"block_size": 8, "max_sequences": 80, "max_batch_tokens": 64, "gpu_memory": 0.5, "speculation": 0}
     spec = ShardSpec(
         directory,
@@ -63,7 +66,10 @@ def built(directory: Path, *, exactly: int | None = None, **settings: Any) -> tu
         rendezvous=Rendezvous("", 0, 1, 60),
         exactly=exactly is not None,
     )
-    return build.gpu_runner(load_model(directory, "float32"), replace(spec), CPU, None)
+    model = load_model(directory, "float32")
+    if quantization:
+        quantize_model(model, quantization)
+    return build.gpu_runner(model, replace(spec), CPU, None)
 
 
 @pytest.mark.parametrize(
@@ -78,15 +84,22 @@ def test_what_steps_leave_of_the_share_becomes_cache(directory: Path, settings: 
     assert (runner.runner if kind is StaticDecode else runner).cache.num_bytes == (num_blocks + spare) * BLOCK_BYTES
 
 
+@pytest.mark.parametrize("quantization", FORMATS)
+def test_weights_in_eight_bits_go_the_same_way(directory: Path, quantization: str) -> None:
+    """And may differ from the readable attention by what a rounding carries on."""
+    runner, _ = built(directory, quantization=quantization)
+    assert type(runner) is StaticDecode
+    assert runner.runner.slack > 0
+
+
 def test_a_shard_takes_its_blocks_from_what_was_planned(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    shard: Shard = object.__new__(Shard)
     settings = EngineSettings(block_size=8, max_sequences=2, max_batch_tokens=64, cut_weights_bytes=0)
-    shard.spec = ShardSpec(directory, inspect(directory, tp=1, dtype="float32"), 1, 1, settings, Rendezvous("", 0, 1, 60))
-    shard.device, shard.group, shard.progress = CPU, None, Progress()
-    runner = shard._on_gpu()
-    assert shard.spec.num_blocks == 2 * 256 // 8
-    assert shard.progress.now().source == "model"
+    spec = ShardSpec(directory, inspect(directory, tp=1, dtype="float32"), 1, 1, settings, Rendezvous("", 0, 1, 60))
+    progress = Progress()
+    runner, planned = Runners(CPU, None, None, progress).on_gpu(spec)
+    assert planned.num_blocks == 2 * 256 // 8
+    assert progress.now().source == "model"
     runner.close()
 
 

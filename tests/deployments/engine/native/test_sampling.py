@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 
 from cluster.types import Sampling
 from deployments.engine.native.sampling import NativeSampler
-from deployments.engine.sampler import Choose, choose, truncate, uniform
+from deployments.engine.sampler import Choose, Sampled, choose, forbid, sample, truncate, uniform
 from deployments.engine.sequence import NO_TOKEN, Sequence
+from deployments.engine.structured import Allowed
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +25,9 @@ def compiled(cache: Path) -> NativeSampler:
     return NativeSampler(cache, threads=2)
 
 
-def sequences(*samplings: Sampling) -> list[Sequence]:
+def sequences(*samplings: Sampling, stop_ids: frozenset[int] = frozenset()) -> list[Sequence]:
     return [
-        Sequence(0, number, [1, 2], 2, sampling, max_tokens=10, stop_ids=frozenset(), seed=number)
+        Sequence(0, number, [1, 2, 2], 2, sampling, max_tokens=10, stop_ids=stop_ids, seed=number)
         for number, sampling in enumerate(samplings)
     ]
 
@@ -63,6 +66,98 @@ def test_the_same_tokens(compiled: NativeSampler, samplings: list[Sampling], siz
     for row, (found, expected) in enumerate(zip(compiled(logits, items), choose(logits.clone(), items), strict=True)):
         if found != expected:
             assert is_near_a_limit(logits[row], samplings[row], uniform(row, 0)), f"{samplings[row]}: {found}, not {expected}"
+
+
+def masks(rows: int, size: int, share: float, seed: int) -> dict[int, Allowed]:
+    """Of all rows but every third, each bit set with the chance `share`; those beyond the vocabulary, too."""
+    dice = np.random.default_rng(seed)
+    words = -(-size // 32) + 1
+    bits = dice.random((rows, words, 32)) < share
+    packed = np.packbits(bits, axis=-1, bitorder="little").view("<u4")[:, :, 0].astype(np.uint32)
+    packed[:, -1] = 0xFFFFFFFF
+    return {row: packed[row] for row in range(rows) if row % 3 != 2}
+
+
+HELD = st.fixed_dictionaries(
+    {
+        "size": st.sampled_from([1, 15, 16, 17, 31, 32, 33, 511, 513, 3000]),
+        "share": st.sampled_from([0.0, 0.002, 0.1, 0.9, 1.0]),
+        "poison": st.sampled_from([None, None, None, math.nan, math.inf, -math.inf]),
+        "seed": st.integers(0, 999),
+    }
+)
+
+
+def held(size: int, share: float, poison: float | None, seed: int, rows: int) -> tuple[torch.Tensor, dict[int, Allowed]]:
+    logits = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)) * 3
+    if poison is not None:
+        logits[seed % rows, seed % size] = poison
+    return logits, masks(rows, size, share, seed)
+
+
+def forbidden(logits: torch.Tensor, items: list[Sequence], allowed: Mapping[int, Allowed]) -> torch.Tensor:
+    logits = logits.clone()
+    forbid(logits, items, allowed)
+    return logits
+
+
+def agree(found: list[Sampled], expected: list[Sampled], logits: torch.Tensor, items: list[Sequence]) -> None:
+    """Same tokens and numbers, except where rounding alone could decide."""
+    for row, (one, other) in enumerate(zip(found, expected, strict=True)):
+        if one.token != other.token and items[row].sampling.temperature > 0:
+            number = uniform(items[row].seed, items[row].num_output)
+            assert is_near_a_limit(logits[row], items[row].sampling, number), f"{items[row].sampling}: {one}, not {other}"
+        else:
+            assert one == other
+
+
+@limits(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(samplings=st.lists(SAMPLINGS, min_size=1, max_size=5), held_to=HELD)
+def test_masks_allow_the_same_tokens(compiled: NativeSampler, samplings: list[Sampling], held_to: dict) -> None:
+    items = sequences(*samplings)
+    logits, allowed = held(**held_to, rows=len(items))
+    found = compiled(logits, items, allowed)
+    for row, bits in allowed.items():
+        assert found[row] == NO_TOKEN or (found[row] < logits.shape[1] and bits[found[row] // 32] >> found[row] % 32 & 1)
+    expected = choose(logits.clone(), items, allowed)
+    agree(list(map(Sampled, found)), list(map(Sampled, expected)), forbidden(logits, items, allowed), items)
+
+
+STEERED = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.7]),
+    logit_bias=st.sampled_from([(), ((0, 100.0),), ((0, -100.0), (3, 100.0))]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    frequency_penalty=st.sampled_from([0.0, 1.0]),
+    logprobs=st.sampled_from([None, 0, 3]),
+    min_tokens=st.sampled_from([0, 5]),
+)
+
+
+@limits(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(samplings=st.lists(STEERED, min_size=1, max_size=4), held_to=HELD, stops=st.sampled_from([(), (1,), tuple(range(20))]))
+def test_what_else_was_asked_for_stands_beside_a_mask(
+    compiled: NativeSampler, samplings: list[Sampling], held_to: dict, stops: tuple[int, ...]
+) -> None:
+    held_to["size"] = max(20, held_to["size"])
+    items = sequences(*samplings, stop_ids=frozenset(stops))
+    logits, allowed = held(**held_to, rows=len(items))
+    found = sample(logits.clone(), items, compiled, allowed)
+    left = logits.clone()
+    expected = sample(left, items, choose, allowed)  # leaves what it chose from in `left`
+    agree(found, expected, left, items)
+
+
+def test_a_mask_of_another_vocabulary_is_refused(compiled: NativeSampler) -> None:
+    with pytest.raises(ValueError, match="no mask"):
+        compiled(torch.zeros(1, 33), sequences(Sampling()), {0: np.ones(1, np.uint32)})
+
+
+def test_held_rows_on_two_threads_are_those_of_each_alone(compiled: NativeSampler) -> None:
+    logits, allowed = held(5000, 0.3, None, 1, rows=40)
+    items = sequences(*[Sampling(temperature=number % 3, top_p=0.9, top_k=number % 5 * 10) for number in range(40)])
+    alone = [compiled(logits[[row]], [item], {0: allowed[row]} if row in allowed else {})[0] for row, item in enumerate(items)]
+    assert compiled(logits, items, allowed) == alone
 
 
 def test_many_rows_on_two_threads_are_those_of_each_alone(compiled: NativeSampler) -> None:
