@@ -121,6 +121,11 @@ class Idempotency:
 
     def finish(self, run: Run, answer: Answer | None) -> bool:
         """Store the answer (None: it was too long) for whoever comes again. False when the lease was lost to another."""
+        with self._store.begin() as connection:
+            return self.finish_on(connection, run, answer)
+
+    def finish_on(self, connection: Connection, run: Run, answer: Answer | None) -> bool:
+        """`finish`, as a part of somebody's transaction."""
         now, body = self._clock(), answer.body if answer and len(answer.body) <= self.bounds.answer_bytes else None
         size = len(body or b"")
         done = {
@@ -131,12 +136,11 @@ class Idempotency:
             "bytes": size,
             "expires_at": now + KEEP_S,
         }
-        with self._store.begin() as connection:
-            total = self._lock(connection, run.tenant)
-            mine = connection.execute(idempotency.update().where(*_of(run)).values(done)).rowcount == 1
-            if mine:
-                _add(connection, run.tenant, rows=0, bytes_=size)
-                self._make_room(connection, run, total + size - self.bounds.tenant_bytes)
+        total = self._lock(connection, run.tenant)
+        mine = connection.execute(idempotency.update().where(*_of(run)).values(done)).rowcount == 1
+        if mine:
+            _add(connection, run.tenant, rows=0, bytes_=size)
+            self._make_room(connection, run, total + size - self.bounds.tenant_bytes)
         return mine
 
     def release(self, run: Run) -> None:
