@@ -1,7 +1,7 @@
 """Operations of many coroutines in one transaction: whoever comes while one is written goes together with the next.
 
-No timer and no thread of its own: a lone caller pays one transaction, and a hundred at once pay it together. They are written in the
-order in which they came.
+No timer and no thread of its own: a lone caller pays one transaction, and a hundred at once pay it together. Operations are written
+in the order in which they came.
 """
 
 from __future__ import annotations
