@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from bench import openloop
@@ -66,7 +67,7 @@ def measure(settings: Settings, streams: int, seconds: float, pause_s: float) ->
     place.store.close()
     texts = [list(openloop.events(exchange.pieces)) for exchange in exchanges]
     moments = [[at for at, event in events if b'"content":" ' in event] for events in texts]
-    gaps = [(later - earlier) * 1e3 for times in moments for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [(later - earlier) * 1e3 for times in moments for earlier, later in pairwise(times)]
     errors = [
         error
         for exchange, events in zip(exchanges, texts, strict=True)
