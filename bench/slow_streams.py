@@ -1,4 +1,4 @@
-"""Many slow streams at once through one gateway, for long: none may break, nothing may pile up, and the books must be right after it.
+"""Many slow streams at once through one gateway, for long: none may break, nothing may pile up, and the books must be right then.
 
     python -m bench.slow_streams                # 500 streams of five tokens a second for ten minutes
 

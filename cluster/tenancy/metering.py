@@ -77,10 +77,9 @@ Later = Callable[[Running], None]
 class Metering:
     """One for a server's event loop. `clock` is monotonic, in seconds."""
 
-    def __init__(self, ledger: Ledger, clock: Callable[[], float] = time.monotonic) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, clock: Callable[[], float] = time.monotonic, group: GroupCommit | None = None) -> None:
         self._clock = clock
-        self._group = GroupCommit(ledger.apply)
+        self._group = group or GroupCommit(ledger.apply)
 
     @asynccontextmanager
     async def request(
