@@ -86,27 +86,32 @@ async def entered(settings: Settings) -> AsyncIterator[Entered]:
 
 
 async def test_sixty_four_callers_over_http_handles_and_batches_never_pass_a_budget(place: Place) -> None:
-    project, key, budget = place.projects[0], place.keys[0], CALLERS * WORST // 2
-    limits = Budgets(place.store)
+    project, key, budget = place.projects[0], place.keys[0], CALLERS * WORST
+    limits, rng, ends = Budgets(place.store), random.Random(1), Counter[str]()
     limits.set("project", project, "total", budget)
-    rng, ends = random.Random(1), Counter[str]()
     async with contextlib.AsyncExitStack() as stack:
         gateways = [await stack.enter_async_context(entered(place.settings)) for _ in range(place.settings.gateway.replicas)]
         client = await stack.enter_async_context(httpx.AsyncClient(headers={"Authorization": f"Bearer {key}"}, timeout=120))
 
-        async def one(number: int) -> None:
-            for again in range(2):
-                gateway, way = gateways[number % len(gateways)], rng.choice(["whole", "stream", "batch"])
-                ask = over_handle if (number + again) % 2 else over_http
-                ends[f"{ask.__name__} {way} {await ask(gateway, client, key, way)}"] += 1
+        async def until_refused(number: int) -> None:
+            refused = 0
+            while refused < 3:
+                ask, way = rng.choice([over_http, over_handle]), rng.choice(["whole", "stream", "batch"])
+                end = await ask(gateways[number % len(gateways)], client, key, way)
+                ends[end] += 1
                 assert not place.passed()
+                if end == "refused":
+                    refused += 1
+                    await asyncio.sleep(0.05)
 
-        await asyncio.gather(*(one(number) for number in range(CALLERS)))
+        for ask in (over_http, over_handle):
+            assert [await ask(gateways[0], client, key, way) for way in ("whole", "stream", "batch")] == ["answered"] * 3
+        await asyncio.gather(*(until_refused(number) for number in range(CALLERS)))
     balance = limits.balance("project", project, time.time())
     assert balance.held == 0
     assert budget / 2 < balance.spent <= budget
-    assert {way.rpartition(" ")[2] for way in ends} == {"answered", "refused"}
-    assert len({way.rpartition(" ")[0] for way in ends if way.endswith("answered")}) == 6, "every way was tried"
+    assert ends["answered"] > 10
+    assert ends["refused"] == 3 * CALLERS
     assert problems(place.store) == []
 
 
