@@ -72,8 +72,8 @@ class Callers:
         while True:
             patience = self.rng.uniform(0, tokens * self.pause_s) if self.rng.random() < 0.15 else None
             attempt = await self._ask(client, nonce, key, tokens, patience, has_key=has_key, streams=streams)
-            if attempt.status in (0, 429) or attempt.error:
-                await asyncio.sleep(self.rng.uniform(0.1, 0.5))
+            if attempt.error or not attempt.status:
+                await asyncio.sleep(self.rng.uniform(0.5, 1.0))
             if not has_key or attempt.error == "insufficient_quota" or (attempt.whole and not again):
                 return
             again = again and not attempt.whole
