@@ -28,7 +28,7 @@ from bench.callers import Attempt, Callers, outcomes
 from bench.gateways import Execution, Gateways, executions
 from bench.harness import Table, versions, write
 from cluster.private_files import Secrets
-from cluster.settings import Settings
+from cluster.settings import GatewaySettings, Settings
 from cluster.store import Store
 from cluster.tenancy.accounts import Accounts
 from cluster.tenancy.audit import Audit, read_head
@@ -224,7 +224,7 @@ def run(settings: Settings, gateways: int, callers: int, kills: int, pace_s: flo
 def main(argv: Sequence[str] | None = None) -> None:
     options = _arguments(argv)
     with tempfile.TemporaryDirectory(prefix="mmaas-kills-") as home:
-        settings = Settings(home=Path(home), database_url=options.database, gateway={"replicas": options.gateways})
+        settings = Settings(home=Path(home), database_url=options.database, gateway=GatewaySettings(replicas=options.gateways))
         report = run(settings, options.gateways, options.callers, options.kills, options.pace, options.seed)
     print(report)
     for kind in ("lost", "doubled", "wrong"):

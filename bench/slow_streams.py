@@ -25,7 +25,7 @@ from bench.gateway_kills import Place
 from bench.gateways import MODEL, Gateways, executions
 from bench.harness import Spread, Table, versions, write
 from bench.slope import Slope, slope
-from cluster.settings import Settings
+from cluster.settings import GatewaySettings, Settings
 from cluster.tenancy.projects import DEFAULT
 from cluster.tenancy.reconcile import problems
 
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show the table and write nothing")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="mmaas-streams-") as home:
-        longest = {"max_stream_s": 120 * options.minutes + 60, "max_ongoing": options.streams + 64}
+        longest = GatewaySettings(max_stream_s=120 * options.minutes + 60, max_ongoing=options.streams + 64)
         result = measure(Settings(home=Path(home), gateway=longest), options.streams, 60 * options.minutes, options.pause)
     shown = table(result)
     shown.show()

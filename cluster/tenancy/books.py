@@ -41,7 +41,7 @@ class Progress:
     metered: Metered
 
 
-Along = Callable[[Any], None]
+Along = Callable[[Any], object]
 """Something that is written in the transaction of an operation, with its connection."""
 
 
