@@ -1,6 +1,6 @@
 """Callers of gateways that are killed under them: whole answers and streams, with and without `Idempotency-Key`, some hang up.
 
-Each writes down what it saw. One with a key asks again until it has its answer, and now and then once more; one without gives up.
+Each writes down what it saw. One with a key comes back until it has its answer, and now and then once more; one without gives up.
 Knows HTTP and nothing of what is behind it.
 """
 
@@ -43,6 +43,17 @@ class Attempt:
     ended: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One call: asked for again, it is the same. The key is that of a project."""
+
+    nonce: str
+    key: str
+    tokens: int
+    has_key: bool
+    streams: bool
+
+
 @dataclass
 class Callers:
     """`keys` are those of the projects whose calls are made; `urls` those of the gateways."""
@@ -55,41 +66,48 @@ class Callers:
     attempts: list[Attempt] = field(default_factory=list)
     stopped: bool = False
     _made: int = 0
+    _returning: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def run(self, count: int) -> None:
         """Until `stopped`, and then until every call with a key has its answer."""
         async with httpx.AsyncClient(verify=False, timeout=120, limits=httpx.Limits(max_keepalive_connections=0)) as client:
             await asyncio.gather(*(self._call_on(client) for _ in range(count)))
+            await asyncio.gather(*self._returning)
 
     async def _call_on(self, client: httpx.AsyncClient) -> None:
         while not self.stopped:
             self._made += 1
-            await self._call(client, f"n{self._made}", self.rng.choice(self.keys), self.rng.random() < 0.4)
-
-    async def _call(self, client: httpx.AsyncClient, nonce: str, key: str, has_key: bool) -> None:
-        streams, tokens = self.rng.random() < 0.5, self.rng.randint(1, self.most_tokens)
-        again = has_key and self.rng.random() < 0.2
-        while True:
-            patience = self.rng.uniform(0, tokens * self.pause_s) if self.rng.random() < 0.15 else None
-            attempt = await self._ask(client, nonce, key, tokens, patience, has_key=has_key, streams=streams)
+            asked = Asked(
+                f"n{self._made}",
+                self.rng.choice(self.keys),
+                self.rng.randint(1, self.most_tokens),
+                has_key=self.rng.random() < 0.4,
+                streams=self.rng.random() < 0.5,
+            )
+            attempt = await self._ask(client, asked)
+            if asked.has_key and not (_is_over(attempt) and self.rng.random() < 0.8):
+                self._returning.append(asyncio.ensure_future(self._return(client, asked)))
             if attempt.error or not attempt.status:
-                await asyncio.sleep(self.rng.uniform(0.5, 1.0))
-            if not has_key or attempt.error == "insufficient_quota" or (attempt.whole and not again):
-                return
-            again = again and not attempt.whole
+                await asyncio.sleep(self.rng.uniform(0.1, 0.5))
 
-    async def _ask(
-        self, client: httpx.AsyncClient, nonce: str, key: str, tokens: int, patience: float | None, *, has_key: bool, streams: bool
-    ) -> Attempt:
-        attempt = Attempt(nonce, has_key, streams, time.monotonic())
+    async def _return(self, client: httpx.AsyncClient, asked: Asked) -> None:
+        """With its key, until there is an answer; beside other calls, for a dead gateway's lease is long."""
+        attempt = None
+        while attempt is None or not _is_over(attempt):
+            await asyncio.sleep(self.rng.uniform(0.5, 2.5))
+            attempt = await self._ask(client, asked)
+
+    async def _ask(self, client: httpx.AsyncClient, asked: Asked) -> Attempt:
+        attempt = Attempt(asked.nonce, asked.has_key, asked.streams, time.monotonic())
+        patience = self.rng.uniform(0, asked.tokens * self.pause_s) if self.rng.random() < 0.15 else None
         body = {
             "model": MODEL.name,
-            "messages": [{"role": "user", "content": f"{nonce} {self.pause_s}"}],
-            "max_tokens": tokens,
-            "stream": streams,
-            **({"stream_options": {"include_usage": True}} if streams else {}),
+            "messages": [{"role": "user", "content": f"{asked.nonce} {self.pause_s}"}],
+            "max_tokens": asked.tokens,
+            "stream": asked.streams,
+            **({"stream_options": {"include_usage": True}} if asked.streams else {}),
         }
-        headers = {"Authorization": f"Bearer {key}", **({"Idempotency-Key": nonce} if has_key else {})}
+        headers = {"Authorization": f"Bearer {asked.key}", **({"Idempotency-Key": asked.nonce} if asked.has_key else {})}
         url = f"{self.rng.choice(self.urls)}/v1/chat/completions"
         try:
             async with asyncio.timeout(patience):
@@ -101,6 +119,10 @@ class Callers:
         attempt.ended = time.monotonic()
         self.attempts.append(attempt)
         return attempt
+
+
+def _is_over(attempt: Attempt) -> bool:
+    return attempt.whole or attempt.error == "insufficient_quota"
 
 
 async def _exchange(client: httpx.AsyncClient, url: str, headers: dict[str, str], body: dict[str, Any], seen: Attempt) -> None:

@@ -18,15 +18,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
 from bench.callers import Attempt, Callers, outcomes
 from bench.gateways import Execution, Gateways, executions
-from bench.harness import Table, versions, write
+from bench.harness import Table, earlier, versions, write
 from cluster.private_files import Secrets
 from cluster.settings import GatewaySettings, Settings
 from cluster.store import Store
@@ -73,6 +74,19 @@ class Report:
     @property
     def is_clean(self) -> bool:
         return not (self.lost or self.doubled or self.wrong)
+
+    def add(self, other: Mapping[str, Any]) -> None:
+        """What an earlier piece of the run came to."""
+        self.kills, self.executed = self.kills + other["kills"], self.executed + other["executed"]
+        self.looks += other["looks"]
+        self.ends.update(other["ends"])
+        self.billed.update(other["billed"])
+        self.lost, self.doubled, self.wrong = (
+            self.lost + other["lost"],
+            self.doubled + other["doubled"],
+            self.wrong + other["wrong"],
+        )
+        self.unpaid, self.quiet_s = max(self.unpaid, other["unpaid"]), max(self.quiet_s, other["quiet_s"])
 
     def __str__(self) -> str:
         ends = ", ".join(f"{count} {way}" for way, count in self.ends.most_common())
@@ -229,10 +243,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(report)
     for kind in ("lost", "doubled", "wrong"):
         print(*(f"{kind}: {what}\n" for what in getattr(report, kind)[:20]), sep="", end="")
+    name = "gateway_kills_postgres" if options.database else "gateway_kills"
+    if options.add and (before := earlier(name)):
+        report.add(before["report"])
     shown = table(report)
     shown.show()
     if not options.dry_run:
-        name = "gateway_kills_postgres" if options.database else "gateway_kills"
         command = shlex.join(["python", "-m", "bench.gateway_kills", *sys.argv[1:]])
         print(write(name, [], shown, command=command, found=versions(["sqlalchemy", "uvicorn", "psycopg"]), report=asdict(report)))
     raise SystemExit(not report.is_clean)
@@ -260,6 +276,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--callers", type=int, default=24)
     parser.add_argument("--pace", type=float, default=1.5, help="seconds from kill to kill, on average")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--add", action="store_true", help="to the result of earlier runs, as another piece of it")
     parser.add_argument("--dry-run", action="store_true", help="show the table and write nothing")
     return parser.parse_args(argv)
 

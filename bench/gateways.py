@@ -29,7 +29,7 @@ MODEL = Deployment(name="echo", model="models:/echo@champion", created_at=1_700_
 PROMPT_TOKENS = 7
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["bench.gateways", "deployments.gateway.app", "deployments.gateway.tenancy", "uvicorn"])
+_PROCESSES.set_forkserver_preload(["bench.gateways", "deployments.gateway.app", "deployments.gateway.wire", "psycopg", "sqlite3"])
 
 
 class Journal:
