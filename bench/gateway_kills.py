@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,10 @@ class Report:
     @property
     def is_clean(self) -> bool:
         return not (self.lost or self.doubled or self.wrong)
+
+    def plain(self) -> dict[str, Any]:
+        """By field; `asdict` makes nonsense of counters."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def add(self, other: Mapping[str, Any]) -> None:
         """What an earlier piece of the run came to."""
@@ -250,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shown.show()
     if not options.dry_run:
         command = shlex.join(["python", "-m", "bench.gateway_kills", *sys.argv[1:]])
-        print(write(name, [], shown, command=command, found=versions(["sqlalchemy", "uvicorn", "psycopg"]), report=asdict(report)))
+        print(write(name, [], shown, command=command, found=versions(["sqlalchemy", "uvicorn", "psycopg"]), report=report.plain()))
     raise SystemExit(not report.is_clean)
 
 
