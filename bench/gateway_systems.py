@@ -103,7 +103,7 @@ def _serve(loaded: Settings) -> None:
 def _key(loaded: Settings) -> str:
     store = Store(loaded.store_url)
     try:
-        return Keys(store, Secrets(loaded.home).pepper).create("bench", "gateway", ["inference"])[1]
+        return Keys(store, Secrets(loaded.home).pepper).create("default", "gateway", ["inference"])[1]
     finally:
         store.close()
 

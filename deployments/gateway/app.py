@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 
 from fastapi import APIRouter, FastAPI
@@ -15,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from cluster import metrics
-from cluster.errors import DeadlineExceeded, InvalidRequest
+from cluster.errors import InvalidRequest
 from cluster.settings import GatewaySettings
 from deployments.gateway import answering, document, encoding, errors, exchange, limiting, limits, middleware
 from deployments.gateway.entrance import KEEPALIVE_S, Entrance
@@ -36,8 +35,9 @@ from deployments.gateway.openai.types import ChatRequest, CompletionRequest
 from deployments.gateway.responses import event_stream, json_response
 from deployments.gateway.routes import entrance, takes
 from deployments.gateway.scopes import PUBLIC, ScopedRoute, public_paths, requires
+from deployments.gateway.telling import tell
 from deployments.gateway.tenancy import NONE, Tenancy
-from deployments.router import Models, Word
+from deployments.router import Models
 
 router = APIRouter(route_class=ScopedRoute, responses={"default": {"model": ErrorResponse}})
 
@@ -85,14 +85,16 @@ async def retrieve_model(request: Request, model: str) -> Response:
 @requires("admin")
 async def put_to_sleep(request: Request, model: str) -> Response:
     """Give a model's memory back to the system until it is asked for something, or woken."""
-    return await tell(request, model, "sleep", "model.put_to_sleep")
+    await tell(request, model, "sleep")
+    return Response(status_code=204)
 
 
 @router.post("/v1/models/{model}/wake", tags=["operation"], status_code=204)
 @requires("admin")
 async def wake_up(request: Request, model: str) -> Response:
     """Load a sleeping model again."""
-    return await tell(request, model, "wake", "model.woken")
+    await tell(request, model, "wake")
+    return Response(status_code=204)
 
 
 @router.post("/v1/chat/completions", tags=["chat"], response_model=ChatCompletion, openapi_extra=takes(ChatRequest))
@@ -147,17 +149,6 @@ async def generate(request: Request, operation: str) -> Response:
     if call.streams:
         return await event_stream(answering.parts(parts, call, notes, parts.keepalive_s))
     return json_response(await answering.whole(parts, call, notes))
-
-
-async def tell(request: Request, model: str, word: Word, action: str) -> Response:
-    parts = entrance(request)
-    try:
-        async with asyncio.timeout(parts.settings.max_stream_s):
-            await parts.models.tell(model, word)
-    except TimeoutError:
-        raise DeadlineExceeded(f"The model {model[:256]!r} did not {word} within {parts.settings.max_stream_s:g} s.") from None
-    await parts.tenancy.record(exchange.of(request.scope), action, model)
-    return Response(status_code=204)
 
 
 def build_app(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
-from cluster.errors import DeadlineExceeded
 from deployments.gateway import exchange, limiting, predicting
 from deployments.gateway.oip import models, wire
 from deployments.gateway.oip.infer import InferCall
@@ -21,6 +19,7 @@ from deployments.gateway.openai.types import parse
 from deployments.gateway.responses import json_response
 from deployments.gateway.routes import entrance, takes
 from deployments.gateway.scopes import PUBLIC, ScopedRoute, requires
+from deployments.gateway.telling import tell
 from deployments.router import Word
 
 TAGS: list[Any] = ["open inference protocol"]
@@ -126,12 +125,7 @@ def _version(request: Request) -> str | None:
 
 async def _tell(request: Request, model: str, word: Word) -> Response:
     await _read(request, lambda body: parse(LoadRequest, body.tree))
-    parts = entrance(request)
-    try:
-        async with asyncio.timeout(parts.settings.max_stream_s):
-            await parts.models.tell(model, word)
-    except TimeoutError:
-        raise DeadlineExceeded(f"The model {model[:256]!r} did not {word} within {parts.settings.max_stream_s:g} s.") from None
+    await tell(request, model, word)
     return json_response({})
 
 
