@@ -83,7 +83,7 @@ class Metering:
 
     @asynccontextmanager
     async def request(
-        self, principal: Principal, request_id: str, model: str, worst: int | Metered, later: Later | None = None
+        self, principal: Principal, request_id: str, model: str, worst: int | Metered, *, later: Later | None = None
     ) -> AsyncIterator[Running]:
         """Raises BudgetExceeded before the body has run. The body calls `Running.used`. It is settled at the end, or by `later`."""
         running = Running(self._group, request_id, self._clock)

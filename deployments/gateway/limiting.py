@@ -103,7 +103,7 @@ async def _metered(entrance: Entrance, notes: Exchange, model: str, most: Bound,
         replayed_tokens=most.total if entrance.cache else 0,
         compute_seconds=round(num_calls * entrance.settings.max_stream_s * 1e6),
     )
-    async with metering.request(notes.principal, notes.request_id, model, worst, notes.on_end) as running:
+    async with metering.request(notes.principal, notes.request_id, model, worst, later=notes.on_end) as running:
         if num_calls == 1:
             notes.on_words = lambda: running.used(notes.metered)
         try:

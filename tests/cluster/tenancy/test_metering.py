@@ -174,7 +174,7 @@ async def test_what_is_written_along_comes_with_the_settlement_or_not_at_all(met
         raise ValueError("it can't be written")
 
     left: list[Running] = []
-    async with metering.request(caller(), "r1", "chat", BOUND, left.append) as running:
+    async with metering.request(caller(), "r1", "chat", BOUND, later=left.append) as running:
         running.used(Usage(10, 5))
     assert num_open(store) == 1
     with pytest.raises(PlatformError):
