@@ -148,8 +148,11 @@ async def torment(
         report.wrong += await asyncio.to_thread(place.passed)
         report.looks += 1
         await asyncio.to_thread(place.spare)
+        if report.kills % 10 == 0:
+            print(f"{report.kills} kills, {len(callers.attempts)} requests", file=sys.stderr)
     callers.stopped = True
     await calling
+    print(f"every caller with a key has its answer, {len(callers.attempts)} requests", file=sys.stderr)
     await asyncio.to_thread(settle_down, place, gateways, report)
 
 
