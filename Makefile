@@ -10,7 +10,7 @@ DEV := $(VENV)/.dev-stamp
 LOCK := pyproject.toml constraints.txt
 PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: install up down status test test-slow check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak fuzz ledger-kills bench-structured bench-stages bench-quantization bench-tools bench-embeddings bench-life bench-gateway bench-gpu clean help
+.PHONY: install up down status test test-slow check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak fuzz ledger-kills gateway-kills slow-streams bench-structured bench-stages bench-quantization bench-tools bench-embeddings bench-life bench-gateway bench-gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -111,6 +111,12 @@ fuzz: $(DEV)  ## 200 right and 200 wrong requests to every operation, and walks 
 
 ledger-kills: $(DEV)  ## about a thousand kills of the ledger's writer, nothing may be lost or doubled
 	$(BIN)/python -m bench.ledger_kills
+
+gateway-kills: $(DEV)  ## 200 kills of a gateway under load, nothing may be lost or doubled
+	$(BIN)/python -m bench.gateway_kills
+
+slow-streams: $(DEV)  ## 500 slow streams at once for ten minutes, none may break
+	$(BIN)/python -m bench.slow_streams
 
 clean:  ## remove caches and the virtual environment; data in .mmaas stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

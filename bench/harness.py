@@ -176,6 +176,13 @@ def write(
     return path
 
 
+def earlier(name: str, here: Path = HERE) -> dict[str, Any]:
+    """What `results/NAME.json` holds, for a run that was cut into pieces; nothing if there is none."""
+    path = here / "results" / f"{name}.json"
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return content
+
+
 def _origin(command: str, date: str, about: Mapping[str, Any], found: Mapping[str, str]) -> str:
     tools = ", ".join(f"{package} {number}" for package, number in sorted(found.items()))
     cpu = f"{about['cores']} cores of {about['cpu']} ({' '.join(about['flags'])})"

@@ -19,19 +19,23 @@ import argparse
 import logging
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
-from bench import crash_states
+from bench import crash_states, harness
+from bench.harness import Table, earlier, versions
 from cluster.errors import LedgerUnavailable
 from cluster.store import Store
 from cluster.tenancy.journal import postings, usage_records
@@ -59,6 +63,20 @@ class Report:
     @property
     def is_clean(self) -> bool:
         return not (self.lost or self.doubled or self.wrong)
+
+    def plain(self) -> dict[str, Any]:
+        """By field; `asdict` makes nonsense of counters."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def add(self, other: Mapping[str, Any]) -> None:
+        """What an earlier piece of the run came to."""
+        self.ends.update(other["ends"])
+        self.said += other["said"]
+        self.lost, self.doubled, self.wrong = (
+            self.lost + other["lost"],
+            self.doubled + other["doubled"],
+            self.wrong + other["wrong"],
+        )
 
     def __str__(self) -> str:
         ends = ", ".join(f"{count} {way}" for way, count in self.ends.items())
@@ -222,13 +240,14 @@ def lose_power(directory: Path, report: Report, requests: int, step: int = 1, ru
                 audited(f"sqlite:///{place}/ledger.db", disk.words(), "losses of power", report)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=700, help="kills at a random time")
-    parser.add_argument("--calls", type=int, default=300, help="kills at the n-th write, sync, truncate or unlink, n from 1 on")
-    parser.add_argument("--requests", type=int, default=8, help="requests of the run that loses power at every call")
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+def table(report: Report) -> Table:
+    lines = [*([way, str(count)] for way, count in report.ends.items()), ["facts that writers said", str(report.said)]]
+    lines.append(["lost, doubled, errors of the books", f"{len(report.lost)}, {len(report.doubled)}, {len(report.wrong)}"])
+    return Table("The ledger's writer ended, over and over", ["", ""], lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    asked = _arguments(argv)
     logging.disable(logging.WARNING)  # every reaper says that it found something
     report, rng = Report(), random.Random(asked.seed)
     with tempfile.TemporaryDirectory(prefix="mmaas-kills-") as place:
@@ -237,13 +256,33 @@ def main() -> None:
             audited(url, killed_at_any_time(url, f"t{number}", rng), "killed at any time", report)
         if shutil.which("strace"):
             url = prepare(fresh(Path(place) / "call"))
-            for number in range(1, asked.calls + 1):
+            for number in range(asked.first_call, asked.first_call + asked.calls):
                 audited(url, killed_at_a_call(url, f"c{number}", number), "killed at a syscall", report)
-            lose_power(fresh(Path(place) / "power"), report, asked.requests)
+            if asked.requests:
+                lose_power(fresh(Path(place) / "power"), report, asked.requests)
+    if asked.add and (before := earlier("ledger_kills")):
+        report.add(before["report"])
     print(report)
     for kind in ("lost", "doubled", "wrong"):
         print(*getattr(report, kind)[:20], sep="\n", end="")
+    if not asked.dry_run:
+        command = shlex.join(["python", "-m", "bench.ledger_kills", *sys.argv[1:]])
+        print(
+            harness.write("ledger_kills", [], table(report), command=command, found=versions(["sqlalchemy"]), report=report.plain())
+        )
     raise SystemExit(not report.is_clean)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=700, help="kills at a random time")
+    parser.add_argument("--calls", type=int, default=300, help="kills at the n-th write, sync, truncate or unlink")
+    parser.add_argument("--first-call", type=int, default=1, help="the first such n")
+    parser.add_argument("--requests", type=int, default=8, help="requests of the run that loses power at every call; 0: none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--add", action="store_true", help="to the result of earlier runs, as another piece of it")
+    parser.add_argument("--dry-run", action="store_true", help="write nothing")
+    return parser.parse_args(argv)
 
 
 def fresh(directory: Path) -> Path:

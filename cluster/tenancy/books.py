@@ -6,8 +6,9 @@ either raises before it changed anything or is applied whole, so that one caller
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cluster.errors import BudgetExceeded, Conflict, InvalidRequest, NotFound
 from cluster.tenancy import money, postings, rating
@@ -41,13 +42,18 @@ class Progress:
     metered: Metered
 
 
+Along = Callable[[Any], object]
+"""Something that is written in the transaction of an operation, with its connection."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """After the work, however it ended."""
+    """After the work, however it ended. `along` is written with it, also where the request was settled before."""
 
     request_id: str
     metered: Metered
     outcome: Outcome
+    along: Along | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import groupby
 
 import sqlalchemy as sa
 from sqlalchemy import BigInteger, Column, Connection, Float, Index, Integer, LargeBinary, String, Table, Text
@@ -121,6 +122,11 @@ class Idempotency:
 
     def finish(self, run: Run, answer: Answer | None) -> bool:
         """Store the answer (None: it was too long) for whoever comes again. False when the lease was lost to another."""
+        with self._store.begin() as connection:
+            return self.finish_on(connection, run, answer)
+
+    def finish_on(self, connection: Connection, run: Run, answer: Answer | None) -> bool:
+        """`finish`, as a part of somebody's transaction."""
         now, body = self._clock(), answer.body if answer and len(answer.body) <= self.bounds.answer_bytes else None
         size = len(body or b"")
         done = {
@@ -131,12 +137,11 @@ class Idempotency:
             "bytes": size,
             "expires_at": now + KEEP_S,
         }
-        with self._store.begin() as connection:
-            total = self._lock(connection, run.tenant)
-            mine = connection.execute(idempotency.update().where(*_of(run)).values(done)).rowcount == 1
-            if mine:
-                _add(connection, run.tenant, rows=0, bytes_=size)
-                self._make_room(connection, run, total + size - self.bounds.tenant_bytes)
+        total = self._lock(connection, run.tenant)
+        mine = connection.execute(idempotency.update().where(*_of(run)).values(done)).rowcount == 1
+        if mine:
+            _add(connection, run.tenant, rows=0, bytes_=size)
+            self._make_room(connection, run, total + size - self.bounds.tenant_bytes)
         return mine
 
     def release(self, run: Run) -> None:
@@ -147,13 +152,14 @@ class Idempotency:
             _add(connection, run.tenant, rows=-gone, bytes_=0)
 
     def renew(self, runs: Iterable[Run]) -> None:
-        """These are still being worked on."""
+        """These are still being worked on. As everywhere a tenant's lock comes first, and here it is the only one, so that nobody
+        waits in a ring."""
         until = self._clock() + LEASE_S
-        with self._store.begin() as connection:
-            for run in sorted(
-                runs, key=lambda one: (one.tenant, one.key)
-            ):  # in one order, so that two gateways never wait in a ring
-                connection.execute(idempotency.update().where(*_of(run)).values(lease_until=until))
+        for tenant, own in groupby(sorted(runs, key=lambda run: run.tenant), lambda run: run.tenant):
+            with self._store.begin() as connection:
+                self._lock(connection, tenant)
+                for run in own:
+                    connection.execute(idempotency.update().where(*_of(run)).values(lease_until=until))
 
     def purge(self, most: int = 1000) -> int:
         """Forget keys whose day is over; returns how many."""

@@ -152,6 +152,9 @@ class Ledger:
             before = dict(books.holds)
             results = [_attempt(books, operation) for operation in operations]
             journal.write(connection, books, before)
+            for operation in operations:
+                if isinstance(operation, Settle) and operation.along is not None:
+                    operation.along(connection)
             if renews:
                 journal.renew(connection, self.owner)
         if renews:

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from cluster.errors import Conflict, LedgerUnavailable, PlatformError, ReplicaLost
-from cluster.tenancy.books import Progress, Settle, Settled
-from cluster.tenancy.group_commit import GroupCommit
+from cluster.tenancy.books import Along, Progress, Reserve, Settle, Settled
+from cluster.tenancy.group_commit import Done, GroupCommit
 from cluster.tenancy.ledger import Ledger, reservation
 from cluster.tenancy.metered import NOTHING, Metered, Outcome, Service
 from cluster.types import Principal, Usage
@@ -58,38 +58,43 @@ class Running:
         if error is not None:
             logger.warning("progress was not kept", extra={"request_id": self.request_id, "reason": str(error)})
 
-    async def settle(self, outcome: Outcome) -> None:
-        """Once, and to the end even if the caller is cancelled. What can't be written now is left to the reaper."""
+    async def settle(self, along: Along | None = None) -> None:
+        """Once, when `outcome` is known, and to the end even if the caller is cancelled. `along` is written with it or not at all.
+        What can't be written now is tried again: this returns."""
         if self._telling is not None:
-            await asyncio.wait({self._telling})
-            self._telling.exception()
-        work = asyncio.ensure_future(self._group.do(Settle(self.request_id, self.metered, self.outcome or outcome)))
+            self._telling.add_done_callback(_seen)
+        assert self.outcome is not None, "a request ends somehow"
         try:
-            self.settled = await asyncio.shield(work)
+            self.settled = await asyncio.shield(self._group.persist(Settle(self.request_id, self.metered, self.outcome, along)))
         except LedgerUnavailable:
-            logger.critical("a request could not be settled", extra={"request_id": self.request_id})
+            logger.critical("a request could not be settled yet", extra={"request_id": self.request_id})
+
+
+Later = Callable[[Running], None]
+"""Takes a request whose work is over, and settles it."""
 
 
 class Metering:
     """One for a server's event loop. `clock` is monotonic, in seconds."""
 
-    def __init__(self, ledger: Ledger, clock: Callable[[], float] = time.monotonic) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, clock: Callable[[], float] = time.monotonic, group: GroupCommit | None = None) -> None:
         self._clock = clock
-        self._group = GroupCommit(ledger.apply)
+        self._group = group or GroupCommit(ledger.apply)
 
     @asynccontextmanager
     async def request(
-        self, principal: Principal, request_id: str, model: str, worst: int | Metered, operation: Service = "completions"
+        self,
+        principal: Principal,
+        request_id: str,
+        model: str,
+        worst: int | Metered,
+        operation: Service = "completions",
+        *,
+        later: Later | None = None,
     ) -> AsyncIterator[Running]:
-        """Raises BudgetExceeded before the body has run. The body calls `Running.used`."""
+        """Raises BudgetExceeded before the body has run. The body calls `Running.used`. It is settled at the end, or by `later`."""
         running = Running(self._group, request_id, self._clock)
-        asked = asyncio.ensure_future(self._group.do(reservation(principal, request_id, model, worst, operation)))
-        try:
-            await asyncio.shield(asked)
-        except asyncio.CancelledError:
-            await _undone(asked, running)
-            raise
+        await self._reserve(running, reservation(principal, request_id, model, worst, operation))
         outcome: Outcome = "finished"
         try:
             yield running
@@ -97,17 +102,24 @@ class Metering:
             outcome = outcome_of(error)
             raise
         finally:
-            await running.settle(outcome)
+            running.outcome = running.outcome or outcome
+            if later is None:
+                await running.settle()
+            else:
+                later(running)
 
     async def close(self) -> None:
         await self._group.close()
 
-
-async def _undone(asked: asyncio.Task[Settled | None], running: Running) -> None:
-    """A caller left while its reservation was written: give it back, if it came to be."""
-    await asyncio.wait({asked})
-    if asked.exception() is None:
-        await running.settle("client_gone")
+    async def _reserve(self, running: Running, asked: Reserve) -> None:
+        """Whoever leaves meanwhile, or doesn't hear what became of it, gives it back: it may have been written, or will be."""
+        try:
+            await self._group.do(asked)
+        except (asyncio.CancelledError, LedgerUnavailable) as error:
+            given_back = self._group.persist(Settle(running.request_id, NOTHING, outcome_of(error)))
+            if isinstance(error, asyncio.CancelledError):
+                await asyncio.wait({given_back})
+            raise
 
 
 def outcome_of(error: BaseException) -> Outcome:
@@ -117,3 +129,8 @@ def outcome_of(error: BaseException) -> Outcome:
     if isinstance(error, ReplicaLost):
         return "replica_lost"
     return "cancelled" if isinstance(error, PlatformError) and error.status < 500 else "failed"
+
+
+def _seen(telling: Done) -> None:
+    if not telling.cancelled():
+        telling.exception()

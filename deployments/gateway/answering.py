@@ -73,14 +73,22 @@ async def whole(entrance: Entrance, call: Call, notes: Exchange) -> Part:
 
 
 async def parts(entrance: Entrance, call: Call, notes: Exchange, silence_s: float) -> AsyncGenerator[Said, None]:
-    """The answer as it comes; something empty after `silence_s` without news. Closing this cancels the models' work."""
-    seconds = entrance.settings.max_stream_s
+    """The answer as it comes; something empty after `silence_s` without news. Closing this cancels the models' work.
+
+    The last words are said when the call is settled: whoever has a whole answer has paid for it, should this process die now.
+    """
+    seconds, last = entrance.settings.max_stream_s, None
     async with (
         limiting.admitted(entrance, notes, call.model, call.calls, streams=True) as models,
         aclosing(_parts(models, call, notes, seconds, silence_s)) as answer,
     ):
         async for said in answer:
+            if said.last:
+                last = said
+                break
             yield said
+    if last is not None:
+        yield last
 
 
 async def _whole(models: Answers, call: Call, notes: Exchange, seconds: float) -> Part:

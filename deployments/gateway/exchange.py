@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster import metrics
 from cluster.tenancy.metered import Metered
+from cluster.tenancy.metering import Later
 from cluster.types import Chunk, Principal, Usage
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Exchange:
     compute_us: int = 0  # of the model so far
     finish_reason: str | None = None  # of the choice that ended last
     on_words: Callable[[], None] | None = None  # hears that there is more of it
+    on_end: Later | None = None  # settles the call, instead of the end of its work
     headers: dict[str, str] = field(default_factory=dict)  # of the answer, also of an error
     rows: int | None = None  # that a tabular model answered for
 

@@ -105,7 +105,8 @@ async def _metered(entrance: Entrance, notes: Exchange, model: str, most: Bound,
         replayed_tokens=most.total if entrance.cache else 0,
         compute_seconds=round(len(asked) * entrance.settings.max_stream_s * 1e6),
     )
-    async with metering.request(notes.principal, notes.request_id, model, worst, _operation(asked[0])) as running:
+    operation = _operation(asked[0])
+    async with metering.request(notes.principal, notes.request_id, model, worst, operation, later=notes.on_end) as running:
         if len(asked) == 1:
             notes.on_words = lambda: running.used(notes.metered)
         try:

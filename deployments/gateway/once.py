@@ -1,6 +1,7 @@
 """`Idempotency-Key` over HTTP: the work of such a call is a task of its own, which no caller's leaving stops.
 
-The caller listens to the task's tape. The answer is stored before its last bytes are sent, so whoever got all of it finds it again.
+The caller listens to the task's tape. The answer is stored before its last bytes are sent, so whoever got all of it finds it again;
+it is stored and paid in one transaction, so that no killed gateway leaves a call that was paid and runs once more.
 An answer that failed, also in mid-stream, is not kept: the next call with the key runs. Who may, `cluster/tenancy/idempotency.py`
 says; scope and principal were checked before.
 """
@@ -10,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -22,6 +24,7 @@ from starlette.types import Message, Receive, Scope, Send
 from cluster import metrics
 from cluster.errors import InProgress, InvalidRequest, KeyReused, Overloaded
 from cluster.tenancy.idempotency import LEASE_S, Answer, Idempotency, Replay, Run
+from cluster.tenancy.metering import Running
 from cluster.types import Principal
 from deployments.gateway import exchange
 from deployments.gateway.errors import ClientGone
@@ -102,6 +105,8 @@ class Once:
     async def _execute(self, run: Run, request: Request, handle: Handle, tape: Tape) -> None:
         theirs = exchange.of(request.scope)
         notes = replace(theirs)  # what becomes of the caller doesn't matter to the work
+        unsettled: list[Running] = []
+        notes.on_end = unsettled.append
         own = Request({**request.scope, exchange.KEY: notes}, _never)
         self._runs[run.id] = run
         self._keep_renewing()
@@ -111,19 +116,22 @@ class Once:
             await response(own.scope, _never, tape.send)
             succeeded = tape.is_whole and 200 <= tape.status < 300 and notes.error is None
         finally:
-            await asyncio.shield(self._settle(run, tape, succeeded))
+            await asyncio.shield(self._settle(run, tape, unsettled, succeeded))
             theirs.model, theirs.usage, theirs.first_token_s = notes.model, notes.usage, notes.first_token_s
             theirs.error = theirs.error or notes.error
             if not tape.has_listener:
                 notes.count_tokens()
                 logger.info("finished after its caller had left", extra={"tenant": notes.tenant, "kept": succeeded})
 
-    async def _settle(self, run: Run, tape: Tape, succeeded: bool) -> None:
+    async def _settle(self, run: Run, tape: Tape, unsettled: Sequence[Running], succeeded: bool) -> None:
+        along = partial(self._keys.finish_on, run=run, answer=tape.answer) if succeeded else None
         try:
-            if succeeded:
-                await self._beside(self._keys.finish, run, tape.answer)
-            else:
+            for running in unsettled:
+                await running.settle(along)
+            if not succeeded:
                 await self._beside(self._keys.release, run)
+            elif not unsettled:
+                await self._beside(self._keys.finish, run, tape.answer)
         except Exception:
             logger.exception("what became of an idempotent request could not be stored; its lease will end")
         finally:

@@ -24,6 +24,10 @@ import sqlalchemy as sa
 from cluster.errors import ModelError
 from cluster.store import Store
 from cluster.tenancy.idempotency import LEASE_S, Bounds, Idempotency, idempotency, idempotency_totals
+from cluster.tenancy.journal import usage_records
+from cluster.tenancy.ledger import Ledger
+from cluster.tenancy.metering import Metering
+from cluster.tenancy.reconcile import problems
 from cluster.types import Principal
 from deployments.gateway.once import Once
 from deployments.gateway.tenancy import Tenancy
@@ -248,6 +252,37 @@ def test_callers_who_left_do_not_pile_up_without_bound(tmp_path: Path) -> None:
                 http.post("/v1/chat/completions", json=CHAT, headers={"Idempotency-Key": str(number)}, timeout=0.2)
         assert http.post("/v1/chat/completions", json=CHAT, headers={"Idempotency-Key": "3"}).status_code == 503
         eventually(lambda: models.open == 0)
+    store.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_stored_and_paid_at_once_or_not_at_all(tmp_path: Path, stream: bool) -> None:
+    """Whoever looks at any moment finds both or neither: so does who comes after a kill."""
+    store = Store(f"sqlite:///{tmp_path}/mmaas.db")
+    store.migrate()
+    tenancy = Tenancy(once=Once(Idempotency(store)), metering=Metering(Ledger(store)))
+    seen, asked, over = Counter[tuple[int, int]](), {**CHAT, "stream": stream}, threading.Event()
+
+    def look() -> None:
+        stored = sa.select(sa.func.count()).select_from(idempotency).where(idempotency.c.run.is_(None)).scalar_subquery()
+        paid = sa.select(sa.func.count()).select_from(usage_records).scalar_subquery()
+        while not over.is_set():
+            with store.read() as connection:
+                seen[tuple(connection.execute(sa.select(stored, paid)).one())] += 1
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    with serving(tenancy=tenancy) as server, server.http() as http:
+        for number in range(10):
+            answer = http.post("/v1/chat/completions", json=asked, headers={"Idempotency-Key": str(number)})
+            assert answer.status_code == 200
+    over.set()
+    looking.join()
+    assert set(seen) <= {(number, number) for number in range(11)}
+    assert len(seen) > 3
+    with store.read() as connection:
+        assert set(connection.scalars(sa.select(usage_records.c.outcome))) == {"finished"}
+    assert problems(store) == []
     store.close()
 
 
