@@ -154,7 +154,7 @@ def _list(act: Act, project_id: str | None, asked: tuple[Asked, str | None]) -> 
 
 def _create(act: Act, project_id: str | None) -> Response:
     place = Place.of(act, project_id)
-    return _done(act, place, act.accounts.spend_alerts.create(act.organization, place.scope, _wish(act)))
+    return json_response(_shown(act, place, act.accounts.spend_alerts.create(act.organization, place.scope, _wish(act))))
 
 
 def _retrieve(act: Act, project_id: str | None, alert_id: str) -> Response:
@@ -165,17 +165,13 @@ def _retrieve(act: Act, project_id: str | None, alert_id: str) -> Response:
 def _update(act: Act, project_id: str | None, alert_id: str) -> Response:
     place = Place.of(act, project_id)
     act.accounts.spend_alerts.get(place.scope, alert_id)
-    return _done(act, place, act.accounts.spend_alerts.update(place.scope, alert_id, _wish(act)))
+    return json_response(_shown(act, place, act.accounts.spend_alerts.update(place.scope, alert_id, _wish(act))))
 
 
 def _delete(act: Act, project_id: str | None, alert_id: str) -> Response:
     place = Place.of(act, project_id)
     act.accounts.spend_alerts.delete(place.scope, alert_id)
-    return act.done(place.event, place.name, answers.deleted(f"{place.kind}.spend_alert", alert_id))
-
-
-def _done(act: Act, place: Place, made: SpendAlert) -> Response:
-    return act.done(place.event, place.name, _shown(act, place, made))
+    return json_response(answers.deleted(f"{place.kind}.spend_alert", alert_id))
 
 
 def _wish(act: Act) -> Wish:

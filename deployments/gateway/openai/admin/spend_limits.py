@@ -102,14 +102,14 @@ def _update(act: Act, project_id: str | None) -> Response:
     place, asked = Place.of(act, project_id), act.form(SpendLimitUpdate)
     check_currency(act, asked.currency)
     act.accounts.budgets.set(place.kind, place.name, asked.interval, asked.threshold_amount * CENT)
-    return act.done(place.event, place.name, _shown(act, place, asked.interval))
+    return json_response(_shown(act, place, asked.interval))
 
 
 def _delete(act: Act, project_id: str | None, interval: Window) -> Response:
     place = Place.of(act, project_id)
     was_there = act.accounts.budgets.get(place.kind, place.name, interval) is not None
     act.accounts.budgets.set(place.kind, place.name, interval, None)
-    return act.done(place.event, place.name, {"object": f"{place.kind}.spend_limit.deleted", "deleted": was_there})
+    return json_response({"object": f"{place.kind}.spend_limit.deleted", "deleted": was_there})
 
 
 def _shown(act: Act, place: Place, interval: Window) -> SpendLimit:
