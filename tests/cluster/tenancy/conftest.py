@@ -12,7 +12,6 @@ from cluster.tenancy.accounts import Accounts
 from cluster.tenancy.ledger import Ledger
 from cluster.tenancy.projects import DEFAULT, organizations, projects
 
-
 KEPT = ("postings", "entries", "usage_records", "price_versions", "plan_changes", "grants", "invoices", "audit_")
 """Tables, by how they begin, from which the database lets nobody take anything; tests that fill them have a store of their own
 (`either_store`)."""
