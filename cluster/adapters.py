@@ -6,16 +6,14 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from cluster.errors import InvalidRequest, ModelNotFound
 from cluster.store import Store, adapters
+from cluster.tenancy import acts
+from cluster.tenancy.acts import Note, unnoted
 from cluster.types import NAME, Adapter
-
-if TYPE_CHECKING:
-    from cluster.tenancy.audit import Note
 
 _ADDRESS = re.compile(r"[0-9a-f]{64}")
 
@@ -23,7 +21,7 @@ _ADDRESS = re.compile(r"[0-9a-f]{64}")
 class Catalog:
     """The rows of the `adapters` table as `Adapter`s."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time, note: Note | None = None) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, note: Note = unnoted) -> None:
         """`note` writes changes into the audit log (`Audit.by`)."""
         self._store = store
         self._clock = clock
@@ -37,14 +35,9 @@ class Catalog:
         if _ADDRESS.fullmatch(adapter.address) is None:
             raise InvalidRequest(f"{adapter.address!r:.80} is no address of the library", param="address")
         row = dataclasses.replace(adapter, created_at=self._clock())
-        with self._store.begin() as connection:
+        with acts.begin(self._store, self._note) as rows:
             same = _is(adapter.base, adapter.name)
-            was = connection.execute(sa.select(adapters).where(same)).one_or_none()
-            connection.execute(adapters.delete().where(same))
-            connection.execute(adapters.insert().values(dataclasses.asdict(row)))
-            if self._note is not None:
-                before = dict(was._mapping) if was else None
-                self._note(connection, "adapter.added", row.model, before, dataclasses.asdict(row))
+            rows.put("adapter.added", adapters, same, dataclasses.asdict(row), lambda _: row.model)
         return row
 
     def list(self) -> list[Adapter]:
@@ -55,12 +48,9 @@ class Catalog:
 
     def delete(self, base: str, name: str) -> None:
         """Raises ModelNotFound when there is no such adapter. Its files stay in the library."""
-        with self._store.begin() as connection:
-            gone = connection.execute(sa.select(adapters).where(_is(base, name))).one_or_none()
-            connection.execute(adapters.delete().where(_is(base, name)))
-            if gone is not None and self._note is not None:
-                self._note(connection, "adapter.removed", f"{base}:{name}", dict(gone._mapping), None)
-        if gone is None:
+        with acts.begin(self._store, self._note) as rows:
+            gone = rows.delete("adapter.removed", adapters, _is(base, name), lambda _: f"{base}:{name}")
+        if not gone:
             raise ModelNotFound(f"there is no adapter {base}:{name}", param="model")
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import sqlalchemy as sa
 
 from cluster.errors import InvalidRequest, ModelNotFound
 from cluster.store import Store, deployments
+from cluster.tenancy import acts
+from cluster.tenancy.acts import Note, unnoted
 from cluster.types import NAME, Deployment, Quantization
-
-if TYPE_CHECKING:
-    from cluster.tenancy.audit import Note
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
@@ -23,7 +22,7 @@ QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 class Desired:
     """The rows of the `deployments` table as `Deployment`s."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time, note: Note | None = None) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, note: Note = unnoted) -> None:
         """`note` writes changes into the audit log (`Audit.by`)."""
         self._store = store
         self._clock = clock
@@ -35,15 +34,11 @@ class Desired:
         Whether the model exists and can be sharded is not asked here: that is known only when it is loaded.
         """
         _check(deployment)
-        with self._store.begin() as connection:
+        with acts.begin(self._store, self._note) as rows:
             same = deployments.c.name == deployment.name
-            before = connection.scalar(sa.select(deployments.c.created_at).where(same))
+            before = rows.connection.scalar(sa.select(deployments.c.created_at).where(same))
             row = dataclasses.replace(deployment, created_at=before or deployment.created_at or self._clock())
-            change = deployments.insert() if before is None else deployments.update().where(same)
-            was = dict(connection.execute(sa.select(deployments).where(same)).one()._mapping) if before is not None else None
-            connection.execute(change.values(dataclasses.asdict(row)))
-            if self._note is not None:
-                self._note(connection, "model.deployed", deployment.name, was, dataclasses.asdict(row))
+            rows.put("model.deployed", deployments, same, dataclasses.asdict(row), "name")
         return row
 
     def get(self, name: str) -> Deployment:
@@ -62,12 +57,9 @@ class Desired:
 
     def delete(self, name: str) -> None:
         """Raises ModelNotFound when no deployment has that name."""
-        with self._store.begin() as connection:
-            gone = connection.execute(sa.select(deployments).where(deployments.c.name == name)).one_or_none()
-            connection.execute(deployments.delete().where(deployments.c.name == name))
-            if gone is not None and self._note is not None:
-                self._note(connection, "model.undeployed", name, dict(gone._mapping), None)
-        if gone is None:
+        with acts.begin(self._store, self._note) as rows:
+            gone = rows.delete("model.undeployed", deployments, deployments.c.name == name, "name")
+        if not gone:
             raise ModelNotFound(f"no model is deployed as {name!r}", param="model")
 
 

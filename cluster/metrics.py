@@ -28,6 +28,7 @@ FIRST_TOKEN = Histogram("mmaas_gateway_first_token_seconds", "Arrival to first t
 
 # Tenancy
 IDEMPOTENT = Counter("mmaas_idempotent_calls_total", "Calls with an Idempotency-Key: executed, replayed, refused", ("outcome",))
+SPEND_ALERTS = Counter("mmaas_spend_alerts_total", "Spend alerts that were passed, each once in a day or month")
 KEPT = Counter("mmaas_kept_calls_total", "Calls whose input and output were to be kept, by what became of them", ("outcome",))
 
 # The engine: counted in its own process, told by `LLM.stats`, and added up over a model's replicas by whoever shows them

@@ -90,6 +90,22 @@ class GatewaySettings(_Section):
     """Inputs and outputs that may wait in memory to be kept, of projects that consented; more are dropped and counted."""
 
 
+class MailSettings(_Section):
+    host: str | None = None
+    """SMTP server that takes the platform's mails, which are those of spend alerts. None: nothing is mailed; alerts are recorded,
+    logged and shown all the same."""
+    port: int = Field(default=587, ge=1, le=65535)
+    """Port of the SMTP server."""
+    security: Literal["starttls", "tls", "none"] = "starttls"
+    """How the connection is encrypted; the server's certificate must be valid. none: only for a server on this machine."""
+    sender: str = Field(default="mmaas@localhost", max_length=254, pattern=r"^[^\s@]+@[^\s@]+$")
+    """Address that mails come from."""
+    user: str | None = None
+    """Name to log in with; None: no login."""
+    password_file: Path | None = None
+    """File with the password, which others can't read."""
+
+
 class EngineSettings(_Section):
     block_size: int = Field(default=16, ge=1, le=256)
     """Tokens in one block of the KV cache."""
@@ -212,6 +228,8 @@ class Settings(BaseSettings):
     """Experiment tracking and model registry."""
     gateway: GatewaySettings = GatewaySettings()
     """The HTTP entrance."""
+    mail: MailSettings = MailSettings()
+    """The way of mails out of the platform."""
     engine: EngineSettings = EngineSettings()
     """The language-model engine: defaults for every deployment."""
     encoder: EncoderSettings = EncoderSettings()

@@ -15,7 +15,9 @@ from cluster.private_files import Secrets
 from cluster.settings import Settings
 from cluster.store import Store
 from cluster.tenancy import chain
-from cluster.tenancy.audit import MAX_PROBLEMS, Audit, Note, read_head
+from cluster.tenancy.accounts import Accounts
+from cluster.tenancy.acts import Note
+from cluster.tenancy.audit import MAX_PROBLEMS, Audit, read_head
 from cluster.tenancy.chain import Actor, Head, Problem, Record
 
 
@@ -28,6 +30,11 @@ def person() -> Actor:
     return Actor(
         "session", f"{getpass.getuser()}@{os.uname().nodename}", address=os.environ.get("SSH_CLIENT", "").partition(" ")[0] or None
     )
+
+
+def accounts_of(store: Store, settings: Settings) -> Accounts:
+    """What the person who types changes of them is recorded."""
+    return Accounts(store, Secrets(settings.home).pepper, audit=audit_of(store, settings)).by(person())
 
 
 def noting(store: Store, settings: Settings) -> Note:

@@ -10,7 +10,23 @@ import sys
 
 import typer
 
-from mmaas.commands import adapters, audit, chat, invoice, kept, keys, models, plan, platform, prices, projects, train, usage, users
+from mmaas.commands import (
+    adapters,
+    audit,
+    budgets,
+    chat,
+    invoice,
+    kept,
+    keys,
+    models,
+    plan,
+    platform,
+    prices,
+    projects,
+    train,
+    usage,
+    users,
+)
 
 app = typer.Typer(
     name="mmaas",
@@ -30,8 +46,8 @@ app.add_typer(users.app, name="users")
 app.add_typer(keys.app, name="keys")
 usage.add_to(app)
 app.add_typer(invoice.app, name="invoice")
-app.add_typer(prices.prices, name="prices")
-app.add_typer(prices.budgets, name="budgets")
+app.add_typer(prices.app, name="prices")
+app.add_typer(budgets.app, name="budgets")
 app.add_typer(audit.app, name="audit")
 app.add_typer(kept.app, name="kept")
 chat.add_to(app)

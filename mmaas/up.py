@@ -213,24 +213,18 @@ def _put(desired: Desired, deployment: Deployment) -> bool:
 
 
 def _finish(settings: Settings, console: Console, store: Store, served: Sequence[Deployment]) -> None:
-    keys = Keys(store, Secrets(settings.home).pepper)
+    from mmaas.audited import accounts_of
+
+    keys = accounts_of(store, settings).keys
     names = [deployment.name for deployment in served]
     model = names[0] if len(names) == 1 or "chat" not in names else "chat"
     fresh = not _has_valid_keys(settings, keys)
     if fresh:
-        api_id, api_key = keys.create(DEFAULT, "quickstart", ["inference"])
-        admin_id, admin_key = keys.create_admin(DEFAULT, "quickstart-admin", ["admin"])
-        _record_keys(settings, store, api_id, admin_id)
+        _, api_key = keys.create(DEFAULT, "quickstart", ["inference"])
+        _, admin_key = keys.create_admin(DEFAULT, "quickstart-admin", ["admin"])
         Quickstart(f"{settings.base_url}/v1", api_key, admin_key, model).save(settings)
     calls = {one.name: call for one in served if (call := _call_of(one))}
     _print_welcome(settings, console, Quickstart.load(settings), fresh, calls)
-
-
-def _record_keys(settings: Settings, store: Store, *ids: str) -> None:
-    from mmaas.audited import audit_of, person
-
-    for key_id in ids:
-        audit_of(store, settings).record(person(), "api_key.created", key_id, None, {"name": "quickstart"}, project="default")
 
 
 def _has_valid_keys(settings: Settings, keys: Keys) -> bool:

@@ -24,6 +24,7 @@ from cluster.errors import NotFound, StorageError
 from cluster.private_files import private_directory, read_private, write_private
 from cluster.store import Store, metadata
 from cluster.tenancy import chain
+from cluster.tenancy.acts import Change, Note
 from cluster.tenancy.chain import Actor, Head, Problem, Record
 from cluster.tenancy.redaction import facts, without_keys
 
@@ -66,9 +67,6 @@ audit_checkpoints = Table(
     Column("at", Float(53), nullable=False),
     Column("signature", LargeBinary(64), nullable=False),
 )
-
-Note = Callable[[Connection, str, str, Mapping[str, Any] | None, Mapping[str, Any] | None], None]
-"""Writes down an act (what, of what, before, after) in the transaction that does it."""
 
 CHECKPOINT_EVERY = 256
 """Records between two heads that are kept in the database; one that is kept elsewhere is worth more (`Audit.head`)."""
@@ -143,13 +141,17 @@ class Audit:
         with nullcontext(connection) if connection is not None else self._store.begin() as opened:
             return self._append(opened, draft)
 
-    def by(self, actor: Actor, organization: str = "") -> Note:
-        """For parts whose acts are recorded in their own transactions, whoever acts."""
+    def by(self, actor: Actor, request_id: str | None = None) -> Note:
+        """For parts whose acts are recorded in their own transactions (`acts.py`), whoever acts."""
 
-        def note(
-            connection: Connection, action: str, target: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
-        ) -> None:
-            self.record(actor, action, target, before, after, organization=organization, connection=connection)
+        def note(connection: Connection, change: Change) -> None:
+            self.record(
+                *(actor, change.action, change.target, change.before, change.after),
+                organization=change.organization,
+                project=change.project,
+                request_id=request_id,
+                connection=connection,
+            )
 
         return note
 

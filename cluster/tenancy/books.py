@@ -13,7 +13,7 @@ from typing import Any
 from cluster.errors import BudgetExceeded, Conflict, InvalidRequest, NotFound
 from cluster.tenancy import money, postings, rating
 from cluster.tenancy.budgets import Balance, Budget, passed, scope
-from cluster.tenancy.metered import NOTHING, Metered, Outcome, billable
+from cluster.tenancy.metered import NOTHING, Metered, Outcome, Service, billable
 from cluster.tenancy.postings import Entry, Kind, Posting
 from cluster.tenancy.prices import Changes
 from cluster.tenancy.rating import Counter, Item, PriceList
@@ -31,6 +31,7 @@ class Reserve:
     key_id: str
     model: str
     worst: int | Metered
+    operation: Service = "completions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class Hold:
     worst: int
     opened_at: float
     owner: str
+    operation: Service = "completions"
     metered: Metered = NOTHING
 
     @property
@@ -151,7 +153,7 @@ class Books:
         if not 0 <= worst <= money.LARGEST:
             raise InvalidRequest(f"a request can't cost {worst} micro-units")
         who = asked.request_id, asked.organization, asked.project, asked.key_id
-        hold = Hold(*who, asked.model, price, worst, at, self.owner)
+        hold = Hold(*who, asked.model, price, worst, at, self.owner, asked.operation)
         self._admit(hold, at, prices.currency)
         for name in hold.scopes:
             self.balances[name].held += worst

@@ -15,7 +15,9 @@ from sqlalchemy import BigInteger, Column, Connection, Float, Integer, String, T
 
 from cluster.errors import InvalidRequest
 from cluster.store import Store, metadata
-from cluster.tenancy import money, periods
+from cluster.tenancy import acts, money, periods, projects
+from cluster.tenancy.acts import Note, unnoted
+from cluster.tenancy.key_records import api_keys
 
 Period = Literal["day", "month", "total"]
 Kind = Literal["organization", "project", "key"]
@@ -92,20 +94,28 @@ def passed(balance: Balance, limits: Iterable[Budget], worst: int) -> Budget | N
 class Budgets:
     """The limits in the store."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, note: Note = unnoted) -> None:
         self._store = store
+        self._note = note
 
     def set(self, kind: Kind, name: str, period: Period, micro: int | None) -> None:
-        """None takes the limit away. One below what is spent already refuses whatever comes. Raises InvalidRequest."""
+        """None takes the limit away. One below what is spent already refuses whatever comes. Raises InvalidRequest, Conflict."""
         if kind not in get_args(Kind) or period not in get_args(Period):
             raise InvalidRequest("a budget is an organization's, a project's or a key's, for a day, a month or in total")
         if micro is not None and not 0 <= micro <= money.LARGEST:
             raise InvalidRequest(f"a budget is between 0 and {money.plain(money.LARGEST)}", param="amount")
         of = scope(kind, name)
-        with self._store.begin() as connection:
-            connection.execute(budgets.delete().where(budgets.c.scope == of, budgets.c.period == period))
-            if micro is not None:
-                connection.execute(budgets.insert().values(scope=of, period=period, micro=micro))
+        same = (budgets.c.scope == of) & (budgets.c.period == period)
+        with acts.begin(self._store, self._note) as begun:
+            rows = begun.at(*place(begun.connection, of))
+            if micro is None:
+                rows.delete("budget.deleted", budgets, same, "scope")
+            else:
+                rows.put("budget.updated", budgets, same, {"scope": of, "period": period, "micro": micro}, "scope")
+
+    def get(self, kind: Kind, name: str, period: Period) -> Budget | None:
+        with self._store.read() as connection:
+            return next((budget for budget in read(connection, [scope(kind, name)]) if budget.period == period), None)
 
     def list(self) -> list[Budget]:
         with self._store.read() as connection:
@@ -118,6 +128,16 @@ class Budgets:
         found = Balance(**row._mapping) if row else Balance(scope(kind, name))
         found.reach(at)
         return found
+
+
+def place(connection: Connection, of: str) -> tuple[str, str | None]:
+    """The organization and the project of a scope, as far as they are known."""
+    kind, _, name = of.partition(":")
+    if kind == "key":
+        query = sa.select(api_keys.c.organization_id, api_keys.c.project_id).where(api_keys.c.id == name)
+        row = connection.execute(query).one_or_none()
+        return (row[0], row[1]) if row else ("", None)
+    return (projects.organization_of(connection, name), name) if kind == "project" else (name, None)
 
 
 def read(connection: Connection, scopes: Sequence[str] | None = None) -> list[Budget]:

@@ -12,8 +12,9 @@ from sqlalchemy import Column, Float, String, Table
 
 from cluster.errors import InvalidRequest
 from cluster.store import Store, metadata
-from cluster.tenancy.audit import Audit
-from cluster.tenancy.chain import Actor
+from cluster.tenancy import acts, projects
+from cluster.tenancy.acts import Note, unnoted
+from cluster.tenancy.redaction import REDACTIONS
 from cluster.types import NAME
 
 consents = Table(
@@ -45,45 +46,37 @@ class Consent:
 
 
 class Consents:
-    """The consents in the store. Changes are administrative acts, so they go into the audit log in the same transaction."""
+    """The consents in the store."""
 
-    def __init__(self, store: Store, audit: Audit, redactions: frozenset[str], clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, note: Note = unnoted) -> None:
         self._store = store
-        self._audit = audit
-        self._redactions = redactions
         self._clock = clock
+        self._note = note
 
-    def put(self, actor: Actor, consent: Consent, organization: str = "") -> None:
+    def put(self, consent: Consent) -> None:
         """Give, change or (`share=0`) withdraw. Raises InvalidRequest for values out of range."""
-        self._check(consent)
+        _check(consent)
         row = {**asdict(consent), "changed_at": self._clock()}
-        with self._store.begin() as connection:
-            same = consents.c.tenant == consent.tenant
-            before = connection.execute(sa.select(consents).where(same).with_for_update()).one_or_none()
-            connection.execute(consents.update().where(same).values(row) if before else consents.insert().values(row))
-            was = {"kept_calls": asdict(_consent(before))} if before else None
-            self._audit.record(
-                *(actor, "project.updated", consent.tenant, was, {"kept_calls": asdict(consent)}),
-                organization=organization,
-                project=consent.tenant,
-                connection=connection,
-            )
+        with acts.begin(self._store, self._note) as begun:
+            rows = begun.at(projects.organization_of(begun.connection, consent.tenant), consent.tenant)
+            rows.put("project.updated", consents, consents.c.tenant == consent.tenant, row, "tenant")
 
     def list(self) -> list[Consent]:
         with self._store.read() as connection:
             return [_consent(row) for row in connection.execute(sa.select(consents).order_by(consents.c.tenant))]
 
-    def _check(self, consent: Consent) -> None:
-        if NAME.match(consent.tenant) is None:
-            raise InvalidRequest(f"{consent.tenant!r} is not a project", param="tenant")
-        if not 0 <= consent.share <= 1:
-            raise InvalidRequest("the share of calls to keep is a number from 0 to 1", param="share")
-        if not 0 < consent.keep_s <= MAX_DAYS * DAY_S:
-            raise InvalidRequest(f"calls are kept for more than 0 and at most {MAX_DAYS} days", param="keep_s")
-        if consent.redaction is not None and consent.redaction not in self._redactions:
-            known = ", ".join(sorted(self._redactions))
-            raise InvalidRequest(f"{consent.redaction!r} is no redaction; there are {known}", param="redaction")
-
 
 def _consent(row: sa.Row[tuple[object, ...]]) -> Consent:
     return Consent(row.tenant, row.share, row.keep_s, row.redaction)
+
+
+def _check(consent: Consent) -> None:
+    if NAME.match(consent.tenant) is None:
+        raise InvalidRequest(f"{consent.tenant!r} is not a project", param="tenant")
+    if not 0 <= consent.share <= 1:
+        raise InvalidRequest("the share of calls to keep is a number from 0 to 1", param="share")
+    if not 0 < consent.keep_s <= MAX_DAYS * DAY_S:
+        raise InvalidRequest(f"calls are kept for more than 0 and at most {MAX_DAYS} days", param="keep_s")
+    if consent.redaction is not None and consent.redaction not in REDACTIONS:
+        known = ", ".join(sorted(REDACTIONS))
+        raise InvalidRequest(f"{consent.redaction!r} is no redaction; there are {known}", param="redaction")

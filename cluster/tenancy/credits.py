@@ -16,7 +16,8 @@ from sqlalchemy import BigInteger, Column, Connection, Float, String, Table
 
 from cluster.errors import InvalidRequest
 from cluster.store import Store, metadata
-from cluster.tenancy import journal, money, postings
+from cluster.tenancy import acts, journal, money, postings
+from cluster.tenancy.acts import Note, unnoted
 from cluster.tenancy.journal import entries
 
 grants = Table(
@@ -47,9 +48,10 @@ class Grant:
 class Credits:
     """The grants in the store."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, note: Note = unnoted) -> None:
         self._store = store
         self._clock = clock
+        self._note = note
 
     def grant(self, organization: str, amount: int, reason: str, expires_at: float | None = None) -> Grant:
         """Raises InvalidRequest."""
@@ -62,8 +64,9 @@ class Credits:
             raise InvalidRequest("a credit must expire in the future", param="expires_at")
         made = Grant(f"grant_{secrets.token_hex(12)}", organization, amount, reason, now, expires_at, amount)
         with journal.opened(self._store, organization, now) as page:
-            page.connection.execute(grants.insert().values({column.name: getattr(made, column.name) for column in grants.c}))
             page.post(made.id, "grant", postings.moved(amount, postings.GRANTED, postings.credit(made.id)))
+            with acts.within(page.connection, self._note, organization) as rows:
+                rows.insert("credit.granted", grants, {column.name: getattr(made, column.name) for column in grants.c})
         return made
 
     def list(self, organization: str) -> list[Grant]:

@@ -11,7 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy import Column, Connection, Float, ForeignKey, Index, String, Table
 
 from cluster.store import Store, metadata
-from cluster.tenancy import paging, projects, roles, users
+from cluster.tenancy import acts, paging, projects, roles, users
+from cluster.tenancy.acts import Note, unnoted
 from cluster.tenancy.paging import FIRST, Asked, Page
 from cluster.tenancy.users import User
 
@@ -65,16 +66,17 @@ class ProjectGroup:
 class Groups:
     """The groups in the store. Every verb raises NotFound for what isn't there or is another organization's."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, note: Note = unnoted) -> None:
         self._store = store
         self._clock = clock
+        self._note = note
 
     def create(self, organization: str, name: str) -> Group:
         """Raises InvalidRequest."""
         made = Group(paging.new_id("group"), organization, paging.checked_name(name, most=255), self._clock())
         values = {"id": made.id, "organization_id": organization, "name": name, "created_at": made.created_at}
-        with self._store.begin() as connection:
-            connection.execute(groups.insert().values(values))
+        with acts.begin(self._store, self._note, organization) as rows:
+            rows.insert("group.created", groups, values)
         return made
 
     def get(self, organization: str, group: str) -> Group:
@@ -89,27 +91,28 @@ class Groups:
     def rename(self, organization: str, group: str, name: str) -> Group:
         """Raises InvalidRequest."""
         paging.checked_name(name, most=255)
-        with self._store.begin() as connection:
-            find(connection, organization, group)
-            connection.execute(groups.update().where(groups.c.id == group).values(name=name))
-            return find(connection, organization, group)
+        with acts.begin(self._store, self._note, organization) as rows:
+            find(rows.connection, organization, group)
+            rows.update("group.updated", groups, groups.c.id == group, {"name": name})
+            return find(rows.connection, organization, group)
 
     def delete(self, organization: str, group: str) -> None:
         """Its users lose what they had through it."""
-        with self._store.begin() as connection:
-            find(connection, organization, group)
-            for table in (group_users, project_groups):
-                connection.execute(table.delete().where(table.c.group_id == group))
-            roles.forget(connection, "group", group)
-            connection.execute(groups.delete().where(groups.c.id == group))
+        with acts.begin(self._store, self._note, organization) as rows:
+            find(rows.connection, organization, group)
+            rows.delete("group.user.removed", group_users, group_users.c.group_id == group, "group_id")
+            rows.delete("project.group.removed", project_groups, project_groups.c.group_id == group, "group_id")
+            roles.forget(rows, "group", group)
+            rows.delete("group.deleted", groups, groups.c.id == group)
 
     def add(self, organization: str, group: str, user: str) -> User:
         """Raises Conflict for one who is in."""
-        with self._store.begin() as connection:
-            find(connection, organization, group)
-            added = users.find(connection, organization, user)
+        with acts.begin(self._store, self._note, organization) as rows:
+            find(rows.connection, organization, group)
+            added = users.find(rows.connection, organization, user)
+            values = {"group_id": group, "user_id": user, "created_at": self._clock()}
             with paging.unique("The user is in the group already."):
-                connection.execute(group_users.insert().values(group_id=group, user_id=user, created_at=self._clock()))
+                rows.insert("group.user.added", group_users, values, "group_id")
             return added
 
     def user(self, organization: str, group: str, user: str) -> User:
@@ -125,23 +128,23 @@ class Groups:
             return paging.read(connection, _inside(group), by, asked, users.of_row)
 
     def remove(self, organization: str, group: str, user: str) -> None:
-        with self._store.begin() as connection:
-            find(connection, organization, group)
-            row = connection.execute(_inside(group).where(users.users.c.id == user)).one_or_none()
+        with acts.begin(self._store, self._note, organization) as rows:
+            find(rows.connection, organization, group)
+            row = rows.connection.execute(_inside(group).where(users.users.c.id == user)).one_or_none()
             paging.only(row, "user")
             same = (group_users.c.group_id == group) & (group_users.c.user_id == user)
-            connection.execute(group_users.delete().where(same))
+            rows.delete("group.user.removed", group_users, same, "group_id")
 
     def join(self, organization: str, project: str, group: str, role: str) -> ProjectGroup:
         """Into a project, with a role of projects. Raises InvalidRequest, and Conflict for one inside or an archived project."""
-        with self._store.begin() as connection:
-            projects.find_live(connection, organization, project)
-            find(connection, organization, group)
-            found = roles.resolve(connection, organization, project, role)
+        with acts.begin(self._store, self._note, organization) as rows:
+            projects.find_live(rows.connection, organization, project)
+            find(rows.connection, organization, group)
+            found = roles.resolve(rows.connection, organization, project, role)
             values = {"project_id": project, "group_id": group, "role_id": found.id, "created_at": self._clock()}
             with paging.unique("The group is in the project already."):
-                connection.execute(project_groups.insert().values(values))
-            return find_in_project(connection, project, group)
+                rows.insert("project.group.added", project_groups, values, "group_id")
+            return find_in_project(rows.connection, project, group)
 
     def in_project(self, organization: str, project: str, group: str) -> ProjectGroup:
         with self._store.read() as connection:
@@ -155,12 +158,12 @@ class Groups:
             return paging.read(connection, _in_project(project), by, asked, _project_group)
 
     def leave(self, organization: str, project: str, group: str) -> None:
-        with self._store.begin() as connection:
-            projects.find(connection, organization, project)
-            find_in_project(connection, project, group)
+        with acts.begin(self._store, self._note, organization) as rows:
+            projects.find(rows.connection, organization, project)
+            find_in_project(rows.connection, project, group)
             same = (project_groups.c.project_id == project) & (project_groups.c.group_id == group)
-            connection.execute(project_groups.delete().where(same))
-            roles.forget(connection, "group", group, project)
+            rows.delete("project.group.removed", project_groups, same, "group_id")
+            roles.forget(rows, "group", group, project)
 
 
 def find(connection: Connection, organization: str, group: str) -> Group:

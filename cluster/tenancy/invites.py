@@ -19,7 +19,8 @@ from sqlalchemy import Column, Connection, Float, ForeignKey, Index, LargeBinary
 
 from cluster.errors import Conflict, InvalidRequest, NotFound
 from cluster.store import Store, metadata
-from cluster.tenancy import paging, projects, roles, users
+from cluster.tenancy import acts, paging, projects, roles, users
+from cluster.tenancy.acts import Note, unnoted
 from cluster.tenancy.paging import FIRST, Asked, Page
 from cluster.tenancy.users import User
 
@@ -59,9 +60,10 @@ class Invite:
 class Invites:
     """The invitations in the store. Every verb raises NotFound for what isn't there or is another organization's."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, note: Note = unnoted) -> None:
         self._store = store
         self._clock = clock
+        self._note = note
 
     def create(self, organization: str, email: str, role: str, within: Mapping[str, str] | None = None) -> tuple[Invite, str]:
         """Invite somebody; returns the token, too. `within`: roles by projects to come into. Raises InvalidRequest, and Conflict
@@ -69,14 +71,14 @@ class Invites:
         address, token, now = users.checked_email(email), secrets.token_urlsafe(32), self._clock()
         if len(within or {}) > MAX_PROJECTS:
             raise InvalidRequest(f"At most {MAX_PROJECTS} projects.", param="projects")
-        with self._store.begin() as connection:
-            role_id = roles.resolve(connection, organization, None, role).id
-            rights = {project: _right(connection, organization, project, asked) for project, asked in (within or {}).items()}
+        with acts.begin(self._store, self._note, organization) as rows:
+            role_id = roles.resolve(rows.connection, organization, None, role).id
+            rights = {project: _right(rows.connection, organization, project, asked) for project, asked in (within or {}).items()}
             members = sa.select(users.users.c.id).where(users.users.c.organization_id == organization)
-            if connection.scalar(members.where(users.users.c.email == address, users.users.c.deleted_at.is_(None))):
+            if rows.connection.scalar(members.where(users.users.c.email == address, users.users.c.deleted_at.is_(None))):
                 raise Conflict("A user with this address belongs to the organization already.")
             made = Invite(paging.new_id("invite"), organization, address, role_id, rights, now, now + LIFE_S, None)
-            connection.execute(invites.insert().values(_row(made, token)))
+            rows.insert("invite.sent", invites, _row(made, token))
         return made, token
 
     def get(self, organization: str, invite: str) -> Invite:
@@ -90,26 +92,25 @@ class Invites:
 
     def delete(self, organization: str, invite: str) -> None:
         """Raises Conflict for one that was accepted."""
-        with self._store.begin() as connection:
-            if _find(connection, organization, invite).accepted_at is not None:
+        with acts.begin(self._store, self._note, organization) as rows:
+            if _find(rows.connection, organization, invite).accepted_at is not None:
                 raise Conflict("The invitation was accepted: remove the user instead.")
-            connection.execute(invites.delete().where(invites.c.id == invite))
+            rows.delete("invite.deleted", invites, invites.c.id == invite)
 
     def accept(self, token: str, name: str) -> User:
         """Come in. Raises NotFound for a token that is unknown, used or out of date; projects archived since are left out."""
         now = self._clock()
         is_valid = (invites.c.accepted_at.is_(None)) & (invites.c.expires_at > now) & (invites.c.digest == _digest(token))
-        with self._store.begin() as connection:
-            row = connection.execute(sa.select(invites).where(is_valid).with_for_update()).one_or_none()
+        with acts.begin(self._store, self._note) as begun:
+            row = begun.connection.execute(sa.select(invites).where(is_valid).with_for_update()).one_or_none()
             if row is None:
                 raise NotFound("The invitation is unknown, used or out of date.", param="token")
-            invite = _invite(row)
-            user = users.insert(connection, invite.organization, invite.email, name, invite.role_id, now)
+            invite, rows = _invite(row), begun.at(row.organization_id)
+            user = users.insert(rows, invite.organization, invite.email, name, invite.role_id, now)
             for project, role in invite.projects.items():
-                if projects.find(connection, invite.organization, project).archived_at is None:
-                    values = {"project_id": project, "user_id": user.id, "role_id": role, "created_at": now}
-                    connection.execute(users.project_users.insert().values(values))
-            connection.execute(invites.update().where(invites.c.id == invite.id).values(accepted_at=now))
+                if projects.find(rows.connection, invite.organization, project).archived_at is None:
+                    users.enter(rows, project, user.id, role, now)
+            rows.update("invite.accepted", invites, invites.c.id == invite.id, {"accepted_at": now})
         return user
 
 

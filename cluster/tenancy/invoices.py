@@ -18,7 +18,8 @@ from sqlalchemy import BigInteger, Column, Connection, Float, Integer, String, T
 
 from cluster.errors import Conflict, NotFound, PlatformError
 from cluster.store import Store, metadata
-from cluster.tenancy import credits, journal, money, periods, postings
+from cluster.tenancy import acts, credits, journal, money, periods, postings
+from cluster.tenancy.acts import Note, unnoted
 from cluster.tenancy.journal import entries, usage_records
 from cluster.tenancy.metered import METERS
 from cluster.tenancy.postings import Entry
@@ -87,15 +88,23 @@ class Invoice:
 class Invoices:
     """The invoices in the store."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, note: Note = unnoted) -> None:
         self._store = store
         self._clock = clock
+        self._note = note
         self._prices = Prices(store, clock)
 
     def draft(self, organization: str, month: str) -> Invoice:
         """What the month comes to by now, credits included; nothing is written."""
         with self._store.read() as connection:
             return self._composed(connection, organization, periods.parse_month(month))
+
+    def current(self, organization: str, month: str) -> Invoice:
+        """The invoice if it was issued, else its draft."""
+        try:
+            return self.get(organization, month)
+        except NotFound:
+            return self.draft(organization, month)
 
     def issue(self, organization: str, month: str) -> Invoice:
         """Close the month; an invoice that was issued before is returned as it is. Raises Conflict before the month has ended."""
@@ -108,7 +117,8 @@ class Invoices:
             _lapse(page, periods.month_start(number + 1))
             made = self._composed(page.connection, organization, number, now)
             page.post(made.id, "invoice", _movements(made))
-            page.connection.execute(invoices.insert().values(_row(made, number)))
+            with acts.within(page.connection, self._note, organization) as rows:
+                rows.insert("invoice.issued", invoices, _row(made, number))
         return made
 
     def get(self, organization: str, month: str) -> Invoice:

@@ -74,6 +74,7 @@ holds = Table(
     Column("opened_at", Float(53), nullable=False),
     Column("owner", String(32), nullable=False, index=True),
     *_meters(),
+    Column("operation", String(16), nullable=False, server_default="completions"),
 )
 
 owners = Table(
@@ -98,6 +99,7 @@ usage_records = Table(
     Column("booked_at", Float(53), nullable=False),
     Column("amount", BigInteger, nullable=False),
     *_meters(),
+    Column("operation", String(16), nullable=False, server_default="completions"),
     sa.Index("ix_usage_records_organization_booked_at", "organization", "booked_at"),
 )
 
@@ -248,7 +250,7 @@ def save(connection: Connection, changed: Sequence[Balance]) -> None:
 
 
 def _used_row(used: Used) -> dict[str, Any]:
-    names = ("request_id", "organization", "project", "key_id", "model", "price", "opened_at")
+    names = ("request_id", "organization", "project", "key_id", "model", "price", "opened_at", "operation")
     own = {name: getattr(used, name) for name in ("seq", "outcome", "booked_at", "amount")}
     return {name: getattr(used.hold, name) for name in names} | own | asdict(used.metered)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import Column, Float, ForeignKey, Index, LargeBinary, String, Table, Text
+from sqlalchemy import Column, Connection, Float, ForeignKey, Index, LargeBinary, String, Table, Text
 
 from cluster.store import metadata
 from cluster.tenancy import projects, service_accounts, users
@@ -86,6 +86,13 @@ def _owner(row: Any) -> ServiceAccount | User | None:
     if row.user_id is not None:
         return User(row.user_id, row.organization_id, row.user_email, row.user_name, row.user_role_id, row.user_created_at)
     return None
+
+
+def email_of(connection: Connection, key_id: str) -> str | None:
+    """The address of the user whose key it is."""
+    query = sa.select(users.users.c.email).join(api_keys, api_keys.c.user_id == users.users.c.id)
+    found: str | None = connection.scalar(query.where(api_keys.c.id == key_id))
+    return found
 
 
 def owner_gone(row: Any) -> bool:

@@ -23,7 +23,8 @@ from sqlalchemy import Connection
 
 from cluster.errors import Conflict, InvalidRequest, NotFound, Unauthenticated
 from cluster.store import Store
-from cluster.tenancy import access, paging, permissions, projects, service_accounts, users
+from cluster.tenancy import access, acts, paging, permissions, projects, service_accounts, users
+from cluster.tenancy.acts import Note, Rows, unnoted
 from cluster.tenancy.key_records import Key, api_keys, key_of, of_place, owned, owner_gone, split
 from cluster.tenancy.key_text import parsed, written
 from cluster.tenancy.paging import FIRST, Asked, Page
@@ -43,10 +44,11 @@ _UNKNOWN_DIGEST = secrets.token_bytes(32)
 class Keys:
     """The keys in the store. `pepper` is the platform's secret (`Secrets.pepper`)."""
 
-    def __init__(self, store: Store, pepper: bytes, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Store, pepper: bytes, clock: Callable[[], float] = time.time, note: Note = unnoted) -> None:
         self._store = store
         self._pepper = pepper
         self._clock = clock
+        self._note = note
 
     def create(
         self,
@@ -66,18 +68,19 @@ class Keys:
         """
         granted = permissions.check(scopes, permissions.OF_PROJECT_KEYS, "scopes")
         row = self._row(name, granted, expires_at, models)
-        with self._store.begin() as connection:
-            organization = projects.owner(connection, project)
-            projects.find_live(connection, organization, project)
+        with acts.begin(self._store, self._note) as begun:
+            organization = projects.owner(begun.connection, project)
+            rows = begun.at(organization)
+            projects.find_live(rows.connection, organization, project)
             row |= {"organization_id": organization, "project_id": project, "user_id": user}
             if user is not None:
-                if access.in_project(connection, organization, project, user) is None:
+                if access.in_project(rows.connection, organization, project, user) is None:
                     raise NotFound("There is no such user.")
             elif service_account is not None:
-                row["service_account_id"] = service_accounts.find(connection, project, service_account).id
+                row["service_account_id"] = service_accounts.find(rows.connection, project, service_account).id
             else:
-                row["service_account_id"] = service_accounts.insert(connection, project, name, self._clock()).id
-            return self._insert(connection, row)
+                row["service_account_id"] = service_accounts.insert(rows, project, name, self._clock()).id
+            return self._insert(rows, row)
 
     def create_admin(
         self,
@@ -90,12 +93,12 @@ class Keys:
     ) -> tuple[str, str]:
         """Make an organization's admin key, as `create`. A user's is never wider than the user's roles."""
         row = self._row(name, permissions.check(scopes, permissions.OF_ADMIN_KEYS, "scopes"), expires_at, None)
-        with self._store.begin() as connection:
+        with acts.begin(self._store, self._note, organization) as rows:
             found = sa.select(projects.organizations.c.id).where(projects.organizations.c.id == organization)
-            paging.only(connection.scalar(found), "organization")
+            paging.only(rows.connection.scalar(found), "organization")
             if user is not None:
-                users.find(connection, organization, user)
-            return self._insert(connection, {**row, "organization_id": organization, "user_id": user})
+                users.find(rows.connection, organization, user)
+            return self._insert(rows, {**row, "organization_id": organization, "user_id": user})
 
     def verify(self, text: str) -> Principal:
         """Who holds this key. Raises Unauthenticated when it is malformed, unknown, revoked or expired, or its owner is gone.
@@ -161,8 +164,8 @@ class Keys:
             changes["models"] = _joined(_checked_models(models))
         self.get(organization, project, key_id)
         if changes:
-            with self._store.begin() as connection:
-                connection.execute(api_keys.update().where(api_keys.c.id == key_id).values(changes))
+            with acts.begin(self._store, self._note, organization) as rows:
+                rows.update("api_key.updated", api_keys, api_keys.c.id == key_id, changes)
         return self.get(organization, project, key_id)
 
     def rotate(self, key_id: str, overlap_s: float = OVERLAP_S) -> tuple[str, str]:
@@ -173,27 +176,30 @@ class Keys:
         """
         if not 0 <= overlap_s <= 366 * 86400:
             raise InvalidRequest("The overlap is 0 to 366 days.", param="overlap_seconds")
-        with self._store.begin() as connection:
+        with acts.begin(self._store, self._note) as begun:
             same = api_keys.c.id == key_id
-            old = connection.execute(owned().where(same).with_for_update(of=api_keys)).one_or_none()
+            old = begun.connection.execute(owned().where(same).with_for_update(of=api_keys)).one_or_none()
             if old is None:
                 raise NotFound(f"there is no key {key_id!r}", param="key_id")
             if not self._shown(old).is_open or old.replaced_by is not None:
                 raise Conflict("A key that works no more, or has a successor, can't be rotated.")
             kept = ("organization_id", "project_id", "service_account_id", "user_id", "name", "scopes", "models", "expires_at")
-            new_id, text = self._insert(connection, {column: getattr(old, column) for column in kept})
+            rows = begun.at(old.organization_id)
+            new_id, text = self._insert(rows, {column: getattr(old, column) for column in kept})
             end = self._clock() + overlap_s
             ends = end if old.expires_at is None else min(end, old.expires_at)
-            connection.execute(api_keys.update().where(same).values(expires_at=ends, replaced_by=new_id))
+            rows.update("api_key.updated", api_keys, same, {"expires_at": ends, "replaced_by": new_id})
         return new_id, text
 
     def revoke(self, key_id: str) -> None:
         """End a key at once; doing it again changes nothing. Raises NotFound for an unknown id."""
-        with self._store.begin() as connection:
+        with acts.begin(self._store, self._note) as begun:
             same = api_keys.c.id == key_id
-            if connection.scalar(sa.select(api_keys.c.id).where(same)) is None:
+            organization = begun.connection.scalar(sa.select(api_keys.c.organization_id).where(same))
+            if organization is None:
                 raise NotFound(f"there is no key {key_id!r}", param="key_id")
-            connection.execute(api_keys.update().where(same, api_keys.c.revoked_at.is_(None)).values(revoked_at=self._clock()))
+            values = {"revoked_at": self._clock()}
+            begun.at(organization).update("api_key.deleted", api_keys, same & api_keys.c.revoked_at.is_(None), values)
 
     def _row(self, name: str, scopes: frozenset[str], expires_at: float | None, models: Iterable[str] | None) -> dict[str, Any]:
         return {
@@ -208,10 +214,10 @@ class Keys:
             raise InvalidRequest("a key must expire in the future", param="expires_at")
         return expires_at
 
-    def _insert(self, connection: Connection, row: dict[str, Any]) -> tuple[str, str]:
+    def _insert(self, rows: Rows, row: dict[str, Any]) -> tuple[str, str]:
         key_id, secret = secrets.token_hex(6), secrets.token_hex(32)
         own = {"id": key_id, "digest": self._digest(secret), "created_at": self._clock()}
-        connection.execute(api_keys.insert().values({**row, **own}))
+        rows.insert("api_key.created", api_keys, {**row, **own})
         return key_id, written(key_id, secret)
 
     def _principal(self, connection: Connection, row: Any) -> Principal:

@@ -22,7 +22,7 @@ from cluster.store import Store
 from cluster.tenancy import journal, rating
 from cluster.tenancy.books import Books, Operation, Progress, Reap, Reserve, Settle, Settled
 from cluster.tenancy.budgets import Balance, scope
-from cluster.tenancy.metered import Metered, Outcome
+from cluster.tenancy.metered import Metered, Outcome, Service
 from cluster.tenancy.prices import Prices
 from cluster.types import Principal, Usage
 
@@ -57,9 +57,11 @@ class Ledger:
         self._silent = dict[str, int]()  # of those who gave no sign for a whole lease: their last beat
         self._broken = False
 
-    def reserve(self, principal: Principal, request_id: str, model: str, worst: int | Metered) -> None:
+    def reserve(
+        self, principal: Principal, request_id: str, model: str, worst: int | Metered, operation: Service = "completions"
+    ) -> None:
         """`worst`: micro-units, or a bound of what can be metered. Raises BudgetExceeded, and Conflict for a known request."""
-        self._one(reservation(principal, request_id, model, worst))
+        self._one(reservation(principal, request_id, model, worst, operation))
 
     def progress(self, request_id: str, usage: Usage | Metered) -> None:
         """Make durable what is used so far. Raises Conflict when the request is settled (then stop working on it), or NotFound."""
@@ -178,8 +180,10 @@ class Ledger:
             return journal.orphans(connection, self._silent, now - self.longest_s, _REAPED_AT_ONCE)
 
 
-def reservation(principal: Principal, request_id: str, model: str, worst: int | Metered) -> Reserve:
-    return Reserve(request_id, principal.organization, principal.tenant, principal.key_id, model, worst)
+def reservation(
+    principal: Principal, request_id: str, model: str, worst: int | Metered, operation: Service = "completions"
+) -> Reserve:
+    return Reserve(request_id, principal.organization, principal.tenant, principal.key_id, model, worst, operation)
 
 
 def scopes_of(asked: Reserve) -> tuple[str, str, str]:

@@ -11,6 +11,9 @@ Outcome = Literal["finished", "length", "cancelled", "client_gone", "replica_los
 """How a request ended. `cancelled`: by a call; `client_gone`: the caller hung up; `failed`: refused or broken by the platform;
 `lost`: whoever worked on it is gone, and the reaper closed it at the last progress that was durable."""
 
+Service = Literal["completions", "embeddings", "rerank", "classify", "infer"]
+"""What was asked for: the `operation` of reservations and usage records. A chat is a completion."""
+
 OURS = frozenset({"replica_lost", "failed", "lost"})
 """Ends that no caller has to answer for: without any output they cost nothing."""
 

@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from cluster.errors import Conflict, LedgerUnavailable, PlatformError, ReplicaLost
-from cluster.tenancy.books import Along, Progress, Settle, Settled
+from cluster.tenancy.books import Along, Progress, Reserve, Settle, Settled
 from cluster.tenancy.group_commit import Done, GroupCommit
 from cluster.tenancy.ledger import Ledger, reservation
-from cluster.tenancy.metered import NOTHING, Metered, Outcome
+from cluster.tenancy.metered import NOTHING, Metered, Outcome, Service
 from cluster.types import Principal, Usage
 
 logger = logging.getLogger(__name__)
@@ -83,11 +83,18 @@ class Metering:
 
     @asynccontextmanager
     async def request(
-        self, principal: Principal, request_id: str, model: str, worst: int | Metered, *, later: Later | None = None
+        self,
+        principal: Principal,
+        request_id: str,
+        model: str,
+        worst: int | Metered,
+        operation: Service = "completions",
+        *,
+        later: Later | None = None,
     ) -> AsyncIterator[Running]:
         """Raises BudgetExceeded before the body has run. The body calls `Running.used`. It is settled at the end, or by `later`."""
         running = Running(self._group, request_id, self._clock)
-        await self._reserve(running, principal, model, worst)
+        await self._reserve(running, reservation(principal, request_id, model, worst, operation))
         outcome: Outcome = "finished"
         try:
             yield running
@@ -104,10 +111,10 @@ class Metering:
     async def close(self) -> None:
         await self._group.close()
 
-    async def _reserve(self, running: Running, principal: Principal, model: str, worst: int | Metered) -> None:
+    async def _reserve(self, running: Running, asked: Reserve) -> None:
         """Whoever leaves meanwhile, or doesn't hear what became of it, gives it back: it may have been written, or will be."""
         try:
-            await self._group.do(reservation(principal, running.request_id, model, worst))
+            await self._group.do(asked)
         except (asyncio.CancelledError, LedgerUnavailable) as error:
             given_back = self._group.persist(Settle(running.request_id, NOTHING, outcome_of(error)))
             if isinstance(error, asyncio.CancelledError):

@@ -12,6 +12,8 @@ from sqlalchemy import Column, String, Table, Text
 
 from cluster.errors import InvalidRequest
 from cluster.store import Store, metadata
+from cluster.tenancy import acts, projects
+from cluster.tenancy.acts import Note, unnoted
 
 MAX_MODELS = 1000
 Mode = Literal["allow_list", "deny_list"]
@@ -42,8 +44,9 @@ EVERYTHING = Permission()
 class ModelPermissions:
     """The rows. Reads and writes block."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, note: Note = unnoted) -> None:
         self._store = store
+        self._note = note
 
     def of(self, project: str) -> Permission | None:
         """None where nobody said anything."""
@@ -59,12 +62,13 @@ class ModelPermissions:
             raise InvalidRequest(f"model_ids are at most {MAX_MODELS} names of 1 to 256 characters", param="model_ids")
         permission = Permission(mode, tuple(dict.fromkeys(models)))
         row = {"project": project, "mode": mode, "models": json.dumps(permission.models)}
-        with self._store.begin() as connection:
-            connection.execute(model_permissions.delete().where(model_permissions.c.project == project))
-            connection.execute(model_permissions.insert().values(row))
+        with acts.begin(self._store, self._note) as begun:
+            rows = begun.at(projects.organization_of(begun.connection, project))
+            rows.put("project.updated", model_permissions, model_permissions.c.project == project, row, "project")
         return permission
 
     def delete(self, project: str) -> bool:
         """Whether there was a row."""
-        with self._store.begin() as connection:
-            return connection.execute(model_permissions.delete().where(model_permissions.c.project == project)).rowcount > 0
+        with acts.begin(self._store, self._note) as begun:
+            rows = begun.at(projects.organization_of(begun.connection, project))
+            return bool(rows.delete("project.updated", model_permissions, model_permissions.c.project == project, "project"))

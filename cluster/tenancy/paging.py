@@ -54,6 +54,21 @@ def read(connection: Connection, query: sa.Select[Any], by: tuple[Any, Any], ask
     return Page([make(row) for row in rows[: asked.limit]], len(rows) > asked.limit)
 
 
+def sliced(items: Sequence[T], key: Callable[[T], str], asked: Asked, before: str | None = None) -> Page[T]:
+    """A page of a list in memory, oldest first; also the page before an item. Raises InvalidRequest for unknown ids."""
+    ordered = list(items) if asked.order == "asc" else list(reversed(items))
+    ids = [key(item) for item in ordered]
+    for name, given in (("after", asked.after), ("before", before)):
+        if given is not None and given not in ids:
+            raise InvalidRequest(f"{name} is not the id of an item of this list.", param=name)
+    first = ids.index(asked.after) + 1 if asked.after is not None else 0
+    last = ids.index(before) if before is not None else len(ids)
+    found = ordered[first:last]
+    backwards = before is not None and asked.after is None
+    shown = found[max(0, len(found) - asked.limit) :] if backwards else found[: asked.limit]
+    return Page(shown, len(found) > len(shown))
+
+
 def only(row: T | None, what: str) -> T:
     """The row. Raises NotFound, in words that are the same for what isn't there and for what is somebody else's."""
     if row is None:

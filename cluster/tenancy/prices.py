@@ -7,7 +7,7 @@ by the version in force when it was reserved.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pydantic
@@ -16,6 +16,8 @@ from sqlalchemy import Column, Connection, Float, Integer, String, Table, Text
 
 from cluster.errors import Conflict, InvalidRequest, NotFound
 from cluster.store import Store, metadata
+from cluster.tenancy import acts
+from cluster.tenancy.acts import Note, unnoted
 from cluster.tenancy.rating import PriceList
 from cluster.types import NAME
 
@@ -69,9 +71,10 @@ class Changes:
 class Prices:
     """The plans in the store."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, note: Note = unnoted) -> None:
         self._store = store
         self._clock = clock
+        self._note = note
         self._known: dict[int, PriceList] = {0: FREE}
 
     def publish(self, plan: str, prices: PriceList, effective_at: float | None = None) -> PriceVersion:
@@ -83,26 +86,36 @@ class Prices:
             raise InvalidRequest(f"{plan[:80]!r} is not a plan's name (lower case, digits, '.', '_', '-')", param="plan")
         if since < now:
             raise InvalidRequest("prices can't take effect in the past", param="effective_at")
-        with self._store.begin() as connection:
-            self._check(connection, prices, plan, since)
+        with acts.begin(self._store, self._note) as rows:
+            self._check(rows.connection, prices, plan, since)
             row = {"plan": plan, "effective_at": since, "created_at": now, "body": prices.model_dump_json()}
-            made = connection.execute(price_versions.insert().values(row))
-            assert made.inserted_primary_key
-            return PriceVersion(int(made.inserted_primary_key[0]), plan, since, prices)
+            made = rows.insert("prices.published", price_versions, row, "plan")
+            return PriceVersion(made["id"], plan, since, prices)
 
     def subscribe(self, organization: str, plan: str) -> None:
         """Put an organization on a plan from now on. Raises NotFound for a plan that has no version."""
-        with self._store.begin() as connection:
-            if connection.scalar(sa.select(price_versions.c.id).where(price_versions.c.plan == plan).limit(1)) is None:
+        with acts.begin(self._store, self._note, organization) as rows:
+            if rows.connection.scalar(sa.select(price_versions.c.id).where(price_versions.c.plan == plan).limit(1)) is None:
                 raise NotFound(f"there is no plan {plan[:80]!r}", param="plan")
             row = {"organization": organization, "plan": plan, "effective_at": self._clock()}
-            connection.execute(plan_changes.insert().values(row))
+            rows.insert("plan.subscribed", plan_changes, row, "organization")
 
     def list(self) -> list[PriceVersion]:
         """All versions, by plan and time."""
         with self._store.read() as connection:
             rows = connection.execute(sa.select(price_versions).order_by("plan", "effective_at", "id")).all()
         return [PriceVersion(row.id, row.plan, row.effective_at, PriceList.model_validate_json(row.body)) for row in rows]
+
+    def currency(self) -> str:
+        """The platform's one currency, three capital letters."""
+        with self._store.read() as connection:
+            body = connection.scalar(sa.select(price_versions.c.body).limit(1))
+        return PriceList.model_validate_json(body).currency if body else FREE.currency
+
+    def of(self, organization: str) -> Sequence[PriceVersion]:
+        """All versions of the plan that an organization is on."""
+        plan = self.at(organization).plan
+        return [version for version in self.list() if version.plan == plan]
 
     def at(self, organization: str, at: float | None = None) -> PriceVersion:
         """The version in force for an organization."""

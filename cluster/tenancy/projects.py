@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,7 +15,8 @@ from sqlalchemy import Column, Connection, Float, ForeignKey, Index, String, Tab
 
 from cluster.errors import Conflict
 from cluster.store import Store, metadata
-from cluster.tenancy import paging
+from cluster.tenancy import acts, paging
+from cluster.tenancy.acts import Note, unnoted
 from cluster.tenancy.paging import FIRST, Asked, Page
 
 DEFAULT = "default"
@@ -60,15 +61,16 @@ class Project:
 class Projects:
     """The organizations and projects in the store."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, note: Note = unnoted) -> None:
         self._store = store
         self._clock = clock
+        self._note = note
 
     def found(self, name: str) -> Organization:
         """Make an organization. Raises InvalidRequest for its name."""
         made = Organization(paging.new_id("org"), paging.checked_name(name), self._clock())
-        with self._store.begin() as connection:
-            connection.execute(organizations.insert().values(id=made.id, name=made.name, created_at=made.created_at))
+        with acts.begin(self._store, self._note, made.id) as rows:
+            rows.insert("organization.created", organizations, asdict(made))
         return made
 
     def organizations(self) -> list[Organization]:
@@ -83,13 +85,18 @@ class Projects:
             row = paging.only(connection.execute(query).one_or_none(), "organization")
         return Organization(row.id, row.name, row.created_at)
 
+    def owner(self, project: str) -> str:
+        """The organization of a project, for the command line, which asks for none. Raises NotFound."""
+        with self._store.read() as connection:
+            return paging.only(organization_of(connection, project) or None, "project")
+
     def create(self, organization: str, name: str) -> Project:
         """Raises InvalidRequest for its name, NotFound for the organization."""
         self.organization(organization)
         made = Project(paging.new_id("proj"), organization, paging.checked_name(name), self._clock(), None)
         values = {"id": made.id, "organization_id": organization, "name": name, "created_at": made.created_at}
-        with self._store.begin() as connection:
-            connection.execute(projects.insert().values(values))
+        with acts.begin(self._store, self._note, organization, made.id) as rows:
+            rows.insert("project.created", projects, values)
         return made
 
     def get(self, organization: str, project: str) -> Project:
@@ -107,18 +114,18 @@ class Projects:
     def rename(self, organization: str, project: str, name: str) -> Project:
         """Raises NotFound, InvalidRequest, and Conflict for an archived one."""
         values = {"name": paging.checked_name(name)}
-        with self._store.begin() as connection:
-            find_live(connection, organization, project)
-            connection.execute(projects.update().where(projects.c.id == project).values(values))
-            return find(connection, organization, project)
+        with acts.begin(self._store, self._note, organization, project) as rows:
+            find_live(rows.connection, organization, project)
+            rows.update("project.updated", projects, projects.c.id == project, values)
+            return find(rows.connection, organization, project)
 
     def archive(self, organization: str, project: str) -> Project:
         """End a project and with it its keys; doing it again changes nothing. Raises NotFound."""
-        with self._store.begin() as connection:
-            find(connection, organization, project)
+        with acts.begin(self._store, self._note, organization, project) as rows:
+            find(rows.connection, organization, project)
             same = (projects.c.id == project) & projects.c.archived_at.is_(None)
-            connection.execute(projects.update().where(same).values(archived_at=self._clock()))
-            return find(connection, organization, project)
+            rows.update("project.archived", projects, same, {"archived_at": self._clock()})
+            return find(rows.connection, organization, project)
 
 
 def find(connection: Connection, organization: str, project: str) -> Project:
@@ -135,10 +142,10 @@ def find_live(connection: Connection, organization: str, project: str) -> Projec
     return found
 
 
-def owner(connection: Connection, project: str) -> str:
-    """The organization of a project, for the command line, which asks for none. Raises NotFound."""
+def organization_of(connection: Connection, project: str) -> str:
+    """The organization of a project; none for one that isn't there."""
     found: str | None = connection.scalar(sa.select(projects.c.organization_id).where(projects.c.id == project))
-    return paging.only(found, "project")
+    return found or ""
 
 
 def _project(row: Any) -> Project:

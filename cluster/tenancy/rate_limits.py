@@ -7,15 +7,18 @@ of one model, one key, or one key's use of one model; a call has to fit all rows
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import sqlalchemy as sa
 from sqlalchemy import BigInteger, Column, Integer, String, Table
 
 from cluster.errors import InvalidRequest
 from cluster.store import Store, metadata
+from cluster.tenancy import acts, projects
+from cluster.tenancy.acts import Note, Row, unnoted
 from cluster.types import NAME
 
+PREFIX = "rl-"
 ANY = "*"
 MOST = 1_000_000_000
 """The largest limit. Who sets it, or more, bounds nothing."""
@@ -46,6 +49,11 @@ class RateLimit:
     streams: int | None = None
 
     @property
+    def id(self) -> str:
+        """`rl-MODEL`, or `rl-MODEL@KEY` for one key alone, unique within the project."""
+        return f"{PREFIX}{self.model}" + (f"@{self.key_id}" if self.key_id != ANY else "")
+
+    @property
     def bounds_nothing(self) -> bool:
         return self.requests is None and self.tokens is None and self.streams is None
 
@@ -57,8 +65,9 @@ class RateLimit:
 class RateLimits:
     """The rows. Reads and writes block."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, note: Note = unnoted) -> None:
         self._store = store
+        self._note = note
 
     def of(self, project: str) -> tuple[RateLimit, ...]:
         """By model and key."""
@@ -70,12 +79,18 @@ class RateLimits:
         """Set one row and return what it was; one that bounds nothing is taken away. Raises InvalidRequest."""
         _check(limit)
         same = sa.and_(*[rate_limits.c[name] == getattr(limit, name) for name in ("project", "model", "key_id")])
-        with self._store.begin() as connection:
-            before = connection.execute(sa.select(rate_limits).where(same)).one_or_none()
-            connection.execute(rate_limits.delete().where(same))
-            if not limit.bounds_nothing:
-                connection.execute(rate_limits.insert().values({c.name: getattr(limit, c.name) for c in rate_limits.columns}))
+        with acts.begin(self._store, self._note) as begun:
+            rows = begun.at(projects.organization_of(begun.connection, limit.project))
+            before = rows.connection.execute(sa.select(rate_limits).where(same)).one_or_none()
+            if limit.bounds_nothing:
+                rows.delete("rate_limit.deleted", rate_limits, same, _id)
+            else:
+                rows.put("rate_limit.updated", rate_limits, same, asdict(limit), _id)
         return RateLimit(*before) if before is not None else None
+
+
+def _id(row: Row) -> str:
+    return RateLimit(**row).id
 
 
 def _check(limit: RateLimit) -> None:

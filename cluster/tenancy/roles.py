@@ -16,7 +16,8 @@ from sqlalchemy import Column, Connection, Float, ForeignKey, Index, String, Tab
 
 from cluster.errors import Conflict, InvalidRequest
 from cluster.store import Store, metadata
-from cluster.tenancy import paging, permissions, projects
+from cluster.tenancy import acts, paging, permissions, projects
+from cluster.tenancy.acts import Note, Rows, unnoted
 from cluster.tenancy.paging import FIRST, Asked, Page
 from cluster.tenancy.permissions import PREDEFINED, Level
 
@@ -67,9 +68,10 @@ class Role:
 class Roles:
     """The roles in the store. `project` None means the organization's own. Every verb raises NotFound for what isn't there."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, note: Note = unnoted) -> None:
         self._store = store
         self._clock = clock
+        self._note = note
 
     def create(
         self, organization: str, project: str | None, name: str, granted: Iterable[str], description: str | None = None
@@ -77,12 +79,12 @@ class Roles:
         """Raises InvalidRequest, and Conflict for a name that is taken."""
         now, role_id = self._clock(), paging.new_id("role")
         values = {"name": _checked(name), "description": _described(description), "permissions": _words(project, granted)}
-        with self._store.begin() as connection:
-            _level(connection, organization, project)
-            _free(connection, organization, project, name, but=None)
+        with acts.begin(self._store, self._note, organization) as rows:
+            _level(rows.connection, organization, project)
+            _free(rows.connection, organization, project, name, but=None)
             own = {"id": role_id, "organization_id": organization, "project_id": project, "created_at": now, "updated_at": now}
-            connection.execute(roles.insert().values({**values, **own}))
-            return find(connection, organization, project, role_id)
+            rows.insert("role.created", roles, {**values, **own})
+            return find(rows.connection, organization, project, role_id)
 
     def get(self, organization: str, project: str | None, role: str) -> Role:
         with self._store.read() as connection:
@@ -124,39 +126,38 @@ class Roles:
             changes["permissions"] = _words(project, granted)
         if description is not None:
             changes["description"] = _described(description)
-        with self._store.begin() as connection:
-            _level(connection, organization, project)
-            _own(find(connection, organization, project, role))
+        with acts.begin(self._store, self._note, organization) as rows:
+            _level(rows.connection, organization, project)
+            _own(find(rows.connection, organization, project, role))
             if name is not None:
                 changes["name"] = _checked(name)
-                _free(connection, organization, project, name, but=role)
-            connection.execute(roles.update().where(roles.c.id == role).values(changes))
-            return find(connection, organization, project, role)
+                _free(rows.connection, organization, project, name, but=role)
+            rows.update("role.updated", roles, roles.c.id == role, changes)
+            return find(rows.connection, organization, project, role)
 
     def delete(self, organization: str, project: str | None, role: str) -> None:
         """Take it from all who were assigned it. Raises Conflict for a predefined role and for one that is somebody's only one."""
         from cluster.tenancy.groups import project_groups
         from cluster.tenancy.users import project_users, users
 
-        with self._store.begin() as connection:
-            _level(connection, organization, project)
-            _own(find(connection, organization, project, role))
+        with acts.begin(self._store, self._note, organization) as rows:
+            _level(rows.connection, organization, project)
+            _own(find(rows.connection, organization, project, role))
             for table in (users, project_users, project_groups):
                 live = table.c.deleted_at.is_(None) if table is users else sa.true()
-                if connection.execute(sa.select(table).where(table.c.role_id == role, live)).first() is not None:
+                if rows.connection.execute(sa.select(table).where(table.c.role_id == role, live)).first() is not None:
                     raise Conflict("The role is somebody's first one: give them another before.")
-            connection.execute(assignments.delete().where(assignments.c.role_id == role))
-            connection.execute(roles.delete().where(roles.c.id == role))
+            rows.delete("role.assignment.deleted", assignments, assignments.c.role_id == role, "holder_id")
+            rows.delete("role.deleted", roles, roles.c.id == role)
 
     def assign(self, organization: str, project: str | None, kind: Kind, holder: str, role: str) -> Role:
         """Give a role to a user or group; again changes nothing. The caller knows that the holder is the organization's."""
-        with self._store.begin() as connection:
-            _level(connection, organization, project)
-            found = find(connection, organization, project, role)
-            given = assigned(connection, project, kind, holder)
-            if found.id not in given:
-                values = {"project_id": project or WHOLE, "kind": kind, "holder_id": holder, "role_id": found.id}
-                connection.execute(assignments.insert().values(**values, created_at=self._clock()))
+        with acts.begin(self._store, self._note, organization) as rows:
+            _level(rows.connection, organization, project)
+            found = find(rows.connection, organization, project, role)
+            if found.id not in assigned(rows.connection, project, kind, holder):
+                place = {"project_id": project or WHOLE, "kind": kind, "holder_id": holder, "role_id": found.id}
+                rows.insert("role.assignment.created", assignments, {**place, "created_at": self._clock()}, "holder_id")
             return found
 
     def assigned(self, organization: str, project: str | None, kind: Kind, holder: str) -> Sequence[Role]:
@@ -172,8 +173,9 @@ class Roles:
 
     def take(self, organization: str, project: str | None, kind: Kind, holder: str, role: str) -> None:
         found = self.find_assigned(organization, project, kind, holder, role)
-        with self._store.begin() as connection:
-            connection.execute(assignments.delete().where(_given(project, kind, holder), assignments.c.role_id == found.id))
+        with acts.begin(self._store, self._note, organization) as rows:
+            same = _given(project, kind, holder) & (assignments.c.role_id == found.id)
+            rows.delete("role.assignment.deleted", assignments, same, "holder_id")
 
 
 def predefined(project: str | None) -> list[Role]:
@@ -205,12 +207,12 @@ def assigned(connection: Connection, project: str | None, kind: Kind, holder: st
     return list(connection.scalars(query.order_by(assignments.c.created_at, assignments.c.role_id)))
 
 
-def forget(connection: Connection, kind: Kind, holder: str, project: str | None = None) -> None:
+def forget(rows: Rows, kind: Kind, holder: str, project: str | None = None) -> None:
     """Take every assigned role, in all places or in one project."""
     same = (assignments.c.kind == kind) & (assignments.c.holder_id == holder)
     if project is not None:
         same &= assignments.c.project_id == project
-    connection.execute(assignments.delete().where(same))
+    rows.delete("role.assignment.deleted", assignments, same, "holder_id")
 
 
 def cut(items: Sequence[Role], asked: Asked) -> Page[Role]:

@@ -11,7 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy import Column, Connection, Float, ForeignKey, Index, String, Table
 
 from cluster.store import Store, metadata
-from cluster.tenancy import paging, projects
+from cluster.tenancy import acts, paging, projects
+from cluster.tenancy.acts import Note, Rows, unnoted
 from cluster.tenancy.paging import FIRST, Asked, Page
 
 Role = Literal["owner", "member"]
@@ -41,16 +42,17 @@ class ServiceAccount:
 class ServiceAccounts:
     """The service accounts in the store. Every verb raises NotFound for what isn't there or is another organization's."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, note: Note = unnoted) -> None:
         self._store = store
         self._clock = clock
+        self._note = note
 
     def create(self, organization: str, project: str, name: str) -> ServiceAccount:
         """Raises InvalidRequest, and Conflict for an archived project."""
         paging.checked_name(name)
-        with self._store.begin() as connection:
-            projects.find_live(connection, organization, project)
-            return insert(connection, project, name, self._clock())
+        with acts.begin(self._store, self._note, organization) as rows:
+            projects.find_live(rows.connection, organization, project)
+            return insert(rows, project, name, self._clock())
 
     def get(self, organization: str, project: str, account: str) -> ServiceAccount:
         with self._store.read() as connection:
@@ -72,26 +74,26 @@ class ServiceAccounts:
             changes["name"] = paging.checked_name(name)
         if role is not None:
             changes["role"] = role
-        with self._store.begin() as connection:
-            projects.find(connection, organization, project)
-            find(connection, project, account)
+        with acts.begin(self._store, self._note, organization) as rows:
+            projects.find(rows.connection, organization, project)
+            find(rows.connection, project, account)
             if changes:
-                connection.execute(service_accounts.update().where(service_accounts.c.id == account).values(changes))
-            return find(connection, project, account)
+                rows.update("service_account.updated", service_accounts, service_accounts.c.id == account, changes)
+            return find(rows.connection, project, account)
 
     def delete(self, organization: str, project: str, account: str) -> None:
         """Its keys end with it."""
-        with self._store.begin() as connection:
-            projects.find(connection, organization, project)
-            find(connection, project, account)
+        with acts.begin(self._store, self._note, organization) as rows:
+            projects.find(rows.connection, organization, project)
+            find(rows.connection, project, account)
             same = service_accounts.c.id == account
-            connection.execute(service_accounts.update().where(same).values(deleted_at=self._clock()))
+            rows.update("service_account.deleted", service_accounts, same, {"deleted_at": self._clock()})
 
 
-def insert(connection: Connection, project: str, name: str, now: float) -> ServiceAccount:
+def insert(rows: Rows, project: str, name: str, now: float) -> ServiceAccount:
     made = ServiceAccount(paging.new_id("svc_acct"), project, name, "member", now)
     values = {"id": made.id, "project_id": project, "name": name, "role": made.role, "created_at": now}
-    connection.execute(service_accounts.insert().values(values))
+    rows.insert("service_account.created", service_accounts, values)
     return made
 
 

@@ -17,7 +17,8 @@ from sqlalchemy import Column, Connection, Float, ForeignKey, Index, String, Tab
 
 from cluster.errors import InvalidRequest
 from cluster.store import Store, metadata
-from cluster.tenancy import paging, projects, roles
+from cluster.tenancy import acts, paging, projects, roles
+from cluster.tenancy.acts import Note, Rows, unnoted
 from cluster.tenancy.paging import FIRST, Asked, Page
 
 _EMAIL = re.compile(r"[^\s@\x00-\x1f\x7f]{1,64}@[^\s@\x00-\x1f\x7f]{1,180}\Z")
@@ -78,9 +79,10 @@ class Member:
 class Users:
     """The users in the store. Every verb raises NotFound for what isn't there or is another organization's."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, note: Note = unnoted) -> None:
         self._store = store
         self._clock = clock
+        self._note = note
 
     def get(self, organization: str, user: str) -> User:
         with self._store.read() as connection:
@@ -95,27 +97,27 @@ class Users:
 
     def add(self, organization: str, email: str, name: str, role: str) -> User:
         """Raises InvalidRequest, and Conflict when the address belongs to the organization already."""
-        with self._store.begin() as connection:
-            return insert(connection, organization, email, name, role, self._clock())
+        with acts.begin(self._store, self._note, organization) as rows:
+            return insert(rows, organization, email, name, role, self._clock())
 
     def set_role(self, organization: str, user: str, role: str) -> User:
         """`role` is an id or a name. Raises InvalidRequest."""
-        with self._store.begin() as connection:
-            find(connection, organization, user)
-            found = roles.resolve(connection, organization, None, role)
-            connection.execute(users.update().where(users.c.id == user).values(role_id=found.id))
-            return find(connection, organization, user)
+        with acts.begin(self._store, self._note, organization) as rows:
+            find(rows.connection, organization, user)
+            found = roles.resolve(rows.connection, organization, None, role)
+            rows.update("user.updated", users, users.c.id == user, {"role_id": found.id})
+            return find(rows.connection, organization, user)
 
     def remove(self, organization: str, user: str) -> None:
         """They leave every project and group, and their keys end."""
         from cluster.tenancy.groups import group_users
 
-        with self._store.begin() as connection:
-            find(connection, organization, user)
-            for table in (project_users, group_users):
-                connection.execute(table.delete().where(table.c.user_id == user))
-            roles.forget(connection, "user", user)
-            connection.execute(users.update().where(users.c.id == user).values(deleted_at=self._clock()))
+        with acts.begin(self._store, self._note, organization) as rows:
+            find(rows.connection, organization, user)
+            rows.delete("user.deleted", project_users, project_users.c.user_id == user, "user_id")
+            rows.delete("group.user.removed", group_users, group_users.c.user_id == user, "group_id")
+            roles.forget(rows, "user", user)
+            rows.update("user.deleted", users, users.c.id == user, {"deleted_at": self._clock()})
 
     def member(self, organization: str, project: str, user: str) -> Member:
         with self._store.read() as connection:
@@ -136,43 +138,46 @@ class Users:
 
     def join(self, organization: str, project: str, user: str, role: str) -> Member:
         """Into a project, with a role of projects. Raises InvalidRequest, and Conflict for who is in or an archived project."""
-        with self._store.begin() as connection:
-            projects.find_live(connection, organization, project)
-            find(connection, organization, user)
-            found = roles.resolve(connection, organization, project, role)
-            values = {"project_id": project, "user_id": user, "role_id": found.id, "created_at": self._clock()}
+        with acts.begin(self._store, self._note, organization) as rows:
+            projects.find_live(rows.connection, organization, project)
+            find(rows.connection, organization, user)
+            found = roles.resolve(rows.connection, organization, project, role)
             with paging.unique("The user is in the project already."):
-                connection.execute(project_users.insert().values(values))
-            return find_member(connection, organization, project, user)
+                enter(rows, project, user, found.id, self._clock())
+            return find_member(rows.connection, organization, project, user)
 
     def set_member_role(self, organization: str, project: str, user: str, role: str) -> Member:
         """Raises InvalidRequest."""
-        with self._store.begin() as connection:
-            projects.find(connection, organization, project)
-            find_member(connection, organization, project, user)
-            found = roles.resolve(connection, organization, project, role)
-            same = (project_users.c.project_id == project) & (project_users.c.user_id == user)
-            connection.execute(project_users.update().where(same).values(role_id=found.id))
-            return find_member(connection, organization, project, user)
+        with acts.begin(self._store, self._note, organization) as rows:
+            projects.find(rows.connection, organization, project)
+            find_member(rows.connection, organization, project, user)
+            found = roles.resolve(rows.connection, organization, project, role)
+            rows.update("user.updated", project_users, _is(project, user), {"role_id": found.id}, "user_id")
+            return find_member(rows.connection, organization, project, user)
 
     def leave(self, organization: str, project: str, user: str) -> None:
-        with self._store.begin() as connection:
-            projects.find(connection, organization, project)
-            find_member(connection, organization, project, user)
-            same = (project_users.c.project_id == project) & (project_users.c.user_id == user)
-            connection.execute(project_users.delete().where(same))
-            roles.forget(connection, "user", user, project)
+        with acts.begin(self._store, self._note, organization) as rows:
+            projects.find(rows.connection, organization, project)
+            find_member(rows.connection, organization, project, user)
+            rows.delete("user.deleted", project_users, _is(project, user), "user_id")
+            roles.forget(rows, "user", user, project)
 
 
-def insert(connection: Connection, organization: str, email: str, name: str, role: str, now: float) -> User:
+def insert(rows: Rows, organization: str, email: str, name: str, role: str, now: float) -> User:
     """Raises InvalidRequest, and Conflict when the address belongs to the organization already."""
     address = checked_email(email)
-    role_id = roles.resolve(connection, organization, None, role).id
+    role_id = roles.resolve(rows.connection, organization, None, role).id
     made = User(paging.new_id("user"), organization, address, paging.checked_name(name), role_id, now)
     values = {"id": made.id, "organization_id": organization, "email": address, "name": name, "role_id": role_id, "created_at": now}
     with paging.unique("A user with this address belongs to the organization already."):
-        connection.execute(users.insert().values(values))
+        rows.insert("user.added", users, values)
     return made
+
+
+def enter(rows: Rows, project: str, user: str, role_id: str, now: float) -> None:
+    """Into a project. Raises IntegrityError for who is in."""
+    values = {"project_id": project, "user_id": user, "role_id": role_id, "created_at": now}
+    rows.insert("user.added", project_users, values, "user_id")
 
 
 def checked_email(email: str) -> str:
@@ -205,6 +210,10 @@ def _memberships(organization: str) -> sa.Select[Any]:
 
 def _members(organization: str, project: str) -> sa.Select[Any]:
     return _memberships(organization).where(project_users.c.project_id == project)
+
+
+def _is(project: str, user: str) -> sa.ColumnElement[bool]:
+    return (project_users.c.project_id == project) & (project_users.c.user_id == user)
 
 
 def of_row(row: Any) -> User:

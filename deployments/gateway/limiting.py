@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 
 from cluster import metrics
 from cluster.errors import ModelNotFound, PlatformError, RateLimited
-from cluster.tenancy.metered import Metered
-from cluster.types import Adapter, Deployment
+from cluster.tenancy.metered import Metered, Service
+from cluster.types import Adapter, Deployment, Encode, Predict
 from deployments.gateway.bounds import Asked, Bound, bound
 from deployments.gateway.cache import Outcome
 from deployments.gateway.entrance import Entrance
@@ -20,6 +20,8 @@ from deployments.gateway.exchange import Exchange
 from deployments.gateway.openai import models
 from deployments.gateway.scopes import permit_model
 from deployments.router import Answers
+
+_OF_TASK: dict[str, Service] = {"embed": "embeddings", "rerank": "rerank", "classify": "classify"}
 
 
 @asynccontextmanager
@@ -33,7 +35,7 @@ async def admitted(
         most = await _bound(entrance, model, asked)
         async with (
             _limited(entrance, notes, model, most, streams=streams),
-            _metered(entrance, notes, model, most, len(asked)),
+            _metered(entrance, notes, model, most, asked),
         ):
             yield entrance.models if entrance.cache is None else entrance.cache.view(lambda outcome: _note(notes, outcome))
     except ModelNotFound:
@@ -89,7 +91,7 @@ def _tokens(notes: Exchange, unsaid: int) -> int:
 
 
 @asynccontextmanager
-async def _metered(entrance: Entrance, notes: Exchange, model: str, most: Bound, num_calls: int) -> AsyncIterator[None]:
+async def _metered(entrance: Entrance, notes: Exchange, model: str, most: Bound, asked: Sequence[Asked]) -> AsyncIterator[None]:
     """Of one call what was said so far is made durable on the way. Of several, which the cache may answer in part, it isn't known
     before the end which price it has."""
     metering = entrance.tenancy.metering
@@ -101,10 +103,11 @@ async def _metered(entrance: Entrance, notes: Exchange, model: str, most: Bound,
         input_tokens=most.input,
         output_tokens=most.output,
         replayed_tokens=most.total if entrance.cache else 0,
-        compute_seconds=round(num_calls * entrance.settings.max_stream_s * 1e6),
+        compute_seconds=round(len(asked) * entrance.settings.max_stream_s * 1e6),
     )
-    async with metering.request(notes.principal, notes.request_id, model, worst, later=notes.on_end) as running:
-        if num_calls == 1:
+    operation = _operation(asked[0])
+    async with metering.request(notes.principal, notes.request_id, model, worst, operation, later=notes.on_end) as running:
+        if len(asked) == 1:
             notes.on_words = lambda: running.used(notes.metered)
         try:
             yield
@@ -116,6 +119,12 @@ async def _metered(entrance: Entrance, notes: Exchange, model: str, most: Bound,
             running.metered = notes.metered
             if notes.finish_reason in ("length", "abort"):
                 running.outcome = "length" if notes.finish_reason == "length" else "cancelled"
+
+
+def _operation(asked: Asked) -> Service:
+    if isinstance(asked, Predict):
+        return "infer"
+    return _OF_TASK[asked.task] if isinstance(asked, Encode) else "completions"
 
 
 def _note(notes: Exchange, outcome: Outcome) -> None:

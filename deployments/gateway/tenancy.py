@@ -13,9 +13,9 @@ from cluster.private_files import Secrets
 from cluster.settings import GatewaySettings, Settings
 from cluster.store import Store
 from cluster.tenancy.accounts import Accounts
+from cluster.tenancy.alert_mails import AlertMails, sender
 from cluster.tenancy.audit import Audit, keep_head
 from cluster.tenancy.chain import Actor
-from cluster.tenancy.consents import Consents
 from cluster.tenancy.counts import Meters
 from cluster.tenancy.denials import Denials
 from cluster.tenancy.idempotency import Bounds, Idempotency
@@ -63,19 +63,22 @@ class Tenancy:
     def of(cls, store: Store, settings: Settings) -> Tenancy:
         """All of it, over the platform's store and home."""
         gateway, secrets = settings.gateway, Secrets(settings.home)
-        accounts, audit = Accounts(store, secrets.pepper), Audit(store, secrets.audit_key)
+        audit = Audit(store, secrets.audit_key)
+        accounts = Accounts(store, secrets.pepper, audit=audit)
         denials = Denials(audit)
         keys = Idempotency(store, Bounds(gateway.idempotency_answer_bytes, gateway.idempotency_tenant_bytes))
-        consents = Consents(store, audit, frozenset(REDACTIONS))
-        keeper = Keeper(KeptFiles(settings.home / "kept"), consents.list, REDACTIONS, queue_bytes=gateway.kept_queue_bytes)
-        chores = (
+        keeper = Keeper(KeptFiles(settings.home / "kept"), accounts.consents.list, REDACTIONS, queue_bytes=gateway.kept_queue_bytes)
+        chores: tuple[Chore, ...] = (
             Chore("denials", 1.0, denials.write, partial(denials.write, everything=True)),
+            Chore("spend alerts", 5.0, accounts.spend_alerts.evaluate),
             Chore("consents", 1.0, keeper.refresh),
             Chore("kept calls", 10.0, keeper.write),
             Chore("audit head", 60.0, lambda: keep_head(audit, settings.home / "audit" / "head.json")),
             Chore("idempotency keys", 60.0, keys.purge),
             Chore("old kept calls", 3600.0, keeper.expire),
         )
+        if settings.mail.host is not None:
+            chores += (Chore("mails", 30.0, AlertMails(store, sender(settings.mail)).deliver),)
         ledger = Ledger(store)
         return cls(
             accounts,

@@ -1,4 +1,4 @@
-"""The accounts behind `mmaas keys`, `organizations`, `projects` and `users`, and the times that their tables show."""
+"""The accounts behind the commands that administer, and the times and tables that they show."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ Item = TypeVar("Item")
 
 @contextlib.contextmanager
 def opened() -> Iterator[Accounts]:
-    """The accounts in the platform's store."""
+    """The accounts in the platform's store, for who types."""
     from cluster import settings
-    from cluster.private_files import Secrets
-    from cluster.tenancy.accounts import Accounts
+    from mmaas.audited import accounts_of
     from mmaas.up import opened_store
 
     loaded = settings.load()
     with opened_store(loaded) as store:
-        yield Accounts(store, Secrets(loaded.home).pepper)
+        yield accounts_of(store, loaded)
 
 
 def every(page: Callable[[Asked], Page[Item]], key: Callable[[Item], str]) -> list[Item]:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Invoices, credits, and whether the books are right.", no_args_is_help=True)
 
-ISSUER = "MMaaS"
 Organization = Annotated[str, typer.Option(help="Whose.")]
 
 
@@ -33,6 +32,14 @@ class Format(StrEnum):
     focus = "focus"
 
 
+_FILES: dict[Format, Literal["json", "csv", "pdf", "focus"]] = {
+    Format.json: "json",
+    Format.csv: "csv",
+    Format.pdf: "pdf",
+    Format.focus: "focus",
+}
+
+
 @app.command()
 def show(
     month: Annotated[str, typer.Argument(help=MONTH_HELP)],
@@ -41,17 +48,15 @@ def show(
     output: Annotated[Path | None, typer.Option(help="A file instead of the terminal; a PDF needs one.")] = None,
 ) -> None:
     """Show an invoice, or what a month has come to so far."""
-    from cluster.errors import InvalidRequest, NotFound
+    from cluster.errors import InvalidRequest
+    from cluster.tenancy.invoice_files import InvoiceFiles
     from cluster.tenancy.invoices import Invoices
 
     if form is Format.pdf and output is None:
         raise InvalidRequest("a PDF goes into a file: --output invoice.pdf", param="output")
     with _store() as store:
-        try:
-            invoice = Invoices(store).get(organization, month)
-        except NotFound:
-            invoice = Invoices(store).draft(organization, month)
-        written = b"" if form is Format.table else _written(store, invoice, form)
+        invoice = Invoices(store).current(organization, month)
+        written = b"" if form is Format.table else InvoiceFiles(store).written(invoice, _FILES[form])
     if output is not None and form is not Format.table:
         output.write_bytes(written)
     elif form is Format.table:
@@ -63,10 +68,10 @@ def show(
 @app.command()
 def issue(month: Annotated[str, typer.Argument(help=MONTH_HELP)], organization: Organization = "default") -> None:
     """Close a month that has ended and issue its invoice, once."""
-    from cluster.tenancy.invoices import Invoices
+    from mmaas.commands import accounts
 
-    with _store() as store:
-        _print(Invoices(store).issue(organization, month))
+    with accounts.opened() as opened:
+        _print(opened.invoices.issue(organization, month))
 
 
 @app.command("list")
@@ -100,12 +105,12 @@ def credit(
     import time
 
     from cluster.tenancy import money
-    from cluster.tenancy.credits import Credits
+    from mmaas.commands import accounts
     from mmaas.output import console
 
-    with _store() as store:
+    with accounts.opened() as opened:
         expires = None if days is None else time.time() + days * 86_400
-        made = Credits(store).grant(organization, money.parse(amount), reason, expires)
+        made = opened.credits.grant(organization, money.parse(amount), reason, expires)
     console().print(f"Granted {money.plain(made.amount)} to {organization}: {made.id}", markup=False)
 
 
@@ -131,22 +136,6 @@ def _store() -> Iterator[Store]:
 
     with opened_store(settings.load()) as store:
         yield store
-
-
-def _written(store: Store, invoice: Invoice, form: Format) -> bytes:
-    import json
-
-    from cluster.tenancy import invoice_formats
-    from cluster.tenancy.focus import Focus
-
-    match form:
-        case Format.pdf:
-            return invoice_formats.as_pdf(invoice, ISSUER)
-        case Format.csv:
-            return invoice_formats.as_csv(invoice).encode()
-        case Format.focus:
-            return Focus(store, ISSUER).csv(invoice).encode()
-    return (json.dumps(invoice_formats.as_json(invoice), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _print(invoice: Invoice) -> None:

@@ -29,10 +29,9 @@ def allow(
 ) -> None:
     """Keep a sample of a project's calls from now on, or no longer."""
     from cluster.tenancy.consents import DAY_S, Consent
-    from mmaas.audited import person
 
     with _kept() as (consents, _, _):
-        consents.put(person(), Consent(project, share, days * DAY_S, None if redaction == "none" else redaction))
+        consents.put(Consent(project, share, days * DAY_S, None if redaction == "none" else redaction))
 
 
 @app.command("list")
@@ -78,7 +77,7 @@ def forget(project: PROJECT) -> None:
 
     with _kept() as (consents, files, audit):
         given = next((one for one in consents.list() if one.tenant == project), Consent(project, 0))
-        consents.put(person(), replace(given, share=0))
+        consents.put(replace(given, share=0))
         files.forget(project)
         audit.record(person(), "kept_calls.forgotten", project, project=project)
 
@@ -86,13 +85,10 @@ def forget(project: PROJECT) -> None:
 @contextlib.contextmanager
 def _kept() -> Iterator[tuple[Consents, KeptFiles, Audit]]:
     from cluster import settings
-    from cluster.tenancy.consents import Consents
     from cluster.tenancy.kept_files import KeptFiles
-    from cluster.tenancy.redaction import REDACTIONS
-    from mmaas.audited import audit_of
+    from mmaas.audited import accounts_of, audit_of
     from mmaas.up import opened_store
 
     loaded = settings.load()
     with opened_store(loaded) as store:
-        audit = audit_of(store, loaded)
-        yield Consents(store, audit, frozenset(REDACTIONS)), KeptFiles(loaded.home / "kept"), audit
+        yield accounts_of(store, loaded).consents, KeptFiles(loaded.home / "kept"), audit_of(store, loaded)

@@ -4,9 +4,12 @@ change what a served model holds."""
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from deployments.router import Word
 
 
 def add_to(app: typer.Typer) -> None:
@@ -66,11 +69,17 @@ def wake(name: Annotated[str, typer.Argument(help="Name of the served model.")])
     _tell(name, "wake")
 
 
-def _tell(name: str, word: str) -> None:
+def _tell(name: str, word: Word) -> None:
     from cluster import settings
     from deployments import fleet
+    from deployments.gateway.telling import ACTIONS
+    from mmaas.audited import audit_of, person
+    from mmaas.up import opened_store
 
-    fleet.tell(name, word, settings=settings.load())
+    loaded = settings.load()
+    fleet.tell(name, word, settings=loaded)
+    with opened_store(loaded) as store:
+        audit_of(store, loaded).record(person(), ACTIONS[word], name)
 
 
 def parse_replicas(text: str) -> tuple[int, int]:

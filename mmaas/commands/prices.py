@@ -1,41 +1,18 @@
-"""`mmaas prices publish`, `list` and `subscribe`; `mmaas budgets set` and `list`."""
+"""`mmaas prices publish`, `list` and `subscribe`."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mmaas.commands.platform import JSON
 
-if TYPE_CHECKING:
-    from cluster.store import Store
-
-prices = typer.Typer(help="Plans and their prices.", no_args_is_help=True)
-budgets = typer.Typer(help="The most that may be spent.", no_args_is_help=True)
+app = typer.Typer(help="Plans and their prices.", no_args_is_help=True)
 
 
-class Kind(StrEnum):
-    """Whose budget."""
-
-    organization = "organization"
-    project = "project"
-    key = "key"
-
-
-class Period(StrEnum):
-    """For how long."""
-
-    day = "day"
-    month = "month"
-    total = "total"
-
-
-@prices.command()
+@app.command()
 def publish(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Prices as JSON; docs/accounts-ledger.md shows one.")],
     plan: Annotated[str, typer.Option(help="The plan whose new version this is.")] = "default",
@@ -45,26 +22,27 @@ def publish(
     import time
 
     from cluster.tenancy.periods import iso
-    from cluster.tenancy.prices import Prices, parse
+    from cluster.tenancy.prices import parse
+    from mmaas.commands import accounts
     from mmaas.output import console
 
-    with _store() as store:
+    with accounts.opened() as opened:
         since = time.time() + days * 86_400 if days else None
-        version = Prices(store).publish(plan, parse(file.read_text(encoding="utf-8")), since)
+        version = opened.prices.publish(plan, parse(file.read_text(encoding="utf-8")), since)
     console().print(f"Version {version.id} of {plan} counts from {iso(version.effective_at)} on", markup=False)
 
 
-@prices.command("list")
+@app.command("list")
 def list_prices(as_json: JSON = False) -> None:
     """Show all versions of all plans."""
     import json
 
     from cluster.tenancy.periods import iso
-    from cluster.tenancy.prices import Prices
+    from mmaas.commands import accounts
     from mmaas.output import console, write_json
 
-    with _store() as store:
-        found = Prices(store).list()
+    with accounts.opened() as opened:
+        found = opened.prices.list()
     if as_json:
         whole = [(one.id, one.plan, one.effective_at, json.loads(one.prices.model_dump_json())) for one in found]
         write_json([dict(zip(("id", "plan", "effective_at", "prices"), each, strict=True)) for each in whole])
@@ -74,65 +52,15 @@ def list_prices(as_json: JSON = False) -> None:
         console().print(f"{one.id}  {one.plan}  from {iso(one.effective_at)}  {one.prices.currency}: {meters}", markup=False)
 
 
-@prices.command()
+@app.command()
 def subscribe(
     plan: Annotated[str, typer.Argument(help="A plan that has prices.")],
     organization: Annotated[str, typer.Option(help="Who changes to it, from now on.")] = "default",
 ) -> None:
     """Put an organization on a plan."""
-    from cluster.tenancy.prices import Prices
+    from mmaas.commands import accounts
     from mmaas.output import console
 
-    with _store() as store:
-        Prices(store).subscribe(organization, plan)
+    with accounts.opened() as opened:
+        opened.prices.subscribe(organization, plan)
     console().print(f"{organization} is on {plan}", markup=False)
-
-
-@budgets.command("set")
-def set_budget(
-    amount: Annotated[str, typer.Argument(help="Like 12.50, in the currency of the prices; `none` takes the limit away.")],
-    kind: Annotated[Kind, typer.Option(help="Whose.")] = Kind.project,
-    name: Annotated[str, typer.Option(help="The organization's or project's name, or the key's id.")] = "default",
-    period: Annotated[Period, typer.Option(help="For a day, for a month (both in UTC), or ever.")] = Period.month,
-) -> None:
-    """Limit what may be spent. Calls that could pass it are refused before any work."""
-    from cluster.tenancy import money
-    from cluster.tenancy.budgets import Budgets
-    from mmaas.output import console
-
-    with _store() as store:
-        Budgets(store).set(kind.value, name, period.value, None if amount == "none" else money.parse(amount))
-    console().print(f"{kind.value} {name}, {period.value}: {amount}", markup=False)
-
-
-@budgets.command("list")
-def list_budgets(as_json: JSON = False) -> None:
-    """Show the limits, with what is spent and reserved."""
-    import time
-
-    from cluster.tenancy import money
-    from cluster.tenancy.budgets import Budgets
-    from mmaas.output import console, write_json
-
-    rows = []
-    with _store() as store:
-        known = Budgets(store)
-        for limit in known.list():
-            kind, _, name = limit.scope.partition(":")
-            balance = known.balance(Kind(kind).value, name, time.time())
-            amounts = (limit.micro, balance.spent_in(limit.period), balance.held)
-            rows.append((kind, name, limit.period, *map(money.plain, amounts)))
-    if as_json:
-        write_json([dict(zip(("kind", "name", "period", "limit", "spent", "reserved"), row, strict=True)) for row in rows])
-        return
-    for kind, name, period, limit_text, spent, held in rows:
-        console().print(f"{kind} {name}, {period}: {spent} spent and {held} reserved of {limit_text}", markup=False)
-
-
-@contextlib.contextmanager
-def _store() -> Iterator[Store]:
-    from cluster import settings
-    from mmaas.up import opened_store
-
-    with opened_store(settings.load()) as store:
-        yield store

@@ -22,13 +22,17 @@ class By(StrEnum):
     project = "project"
     key = "key"
     model = "model"
+    user = "user"
+    operation = "operation"
     outcome = "outcome"
 
 
-_COLUMNS: dict[By, Literal["project", "key_id", "model", "outcome"]] = {
+_COLUMNS: dict[By, Literal["project", "key_id", "model", "user_id", "operation", "outcome"]] = {
     By.project: "project",
     By.key: "key_id",
     By.model: "model",
+    By.user: "user_id",
+    By.operation: "operation",
     By.outcome: "outcome",
 }
 
@@ -90,5 +94,7 @@ def _print(found: list[Sum], names: Sequence[str]) -> None:
     for each in found:
         used = each.metered
         counts = (used.requests, used.input_tokens, used.cached_tokens, used.output_tokens, round(used.compute_seconds / 1e6, 3))
-        table.add_row(*(Text(each.group[name]) for name in names), *(f"{count:,}" for count in counts), money.plain(each.amount))
+        table.add_row(
+            *(Text(each.group[name] or "") for name in names), *(f"{count:,}" for count in counts), money.plain(each.amount)
+        )
     console().print(table)

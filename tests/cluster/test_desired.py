@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cluster.desired import Desired
 from cluster.errors import InvalidRequest, ModelNotFound
 from cluster.store import Store
+from cluster.tenancy.acts import Change
 from cluster.types import Deployment
 
 
@@ -30,8 +31,8 @@ CHAT = Deployment(
 def test_changes_are_noted_in_the_transaction_that_makes_them(desired: Desired) -> None:
     noted: list[tuple[object, ...]] = []
 
-    def note(connection: object, action: str, target: str, before: object, after: object) -> None:
-        noted.append((action, target, before, after))
+    def note(connection: object, change: Change) -> None:
+        noted.append((change.action, change.target, change.before, change.after))
         if len(noted) == 3:
             raise RuntimeError("no log, no change")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from cluster.store import Store
 from cluster.tenancy import periods
 from cluster.tenancy.invoices import Invoices
 from cluster.tenancy.ledger import Ledger
+from cluster.tenancy.spend_alerts import SpendAlerts
 from cluster.types import Usage
 from mmaas.cli import run
 from mmaas.up import opened_store
@@ -60,6 +62,9 @@ def test_usage_of_a_month_by_what_is_asked(store: Store, capsys: Printed) -> Non
         ("web", 2, 1000, "2.02"),
     ]
     assert "2.02" in printed(capsys, "usage", "--month", "2025-10", "--by", "model", "--by", "project")
+    [row] = json.loads(printed(capsys, "usage", "--month", "2025-10", "--by", "operation", "--by", "user", "--json"))
+    assert (row["operation"], row["user_id"], row["requests"]) == ("completions", None, 3)
+    assert "completions" in printed(capsys, "usage", "--month", "2025-10", "--by", "operation", "--by", "user")
     assert json.loads(printed(capsys, "usage", "--month", "2025-09", "--json")) == []
     assert run(["usage", "--month", "october"]) == 1
 
@@ -91,6 +96,22 @@ def test_a_credit_stands_on_the_next_invoice(store: Store, capsys: Printed) -> N
     used(store, Clock(OCTOBER))
     assert "Granted 1.00" in printed(capsys, "invoice", "credit", "1.00", "--reason", "sorry")
     assert Invoices(store).issue("default", "2025-10").total == 2_030_000
+
+
+def test_spend_alerts_are_made_shown_and_forgotten(store: Store, capsys: Printed) -> None:
+    words = ("budgets", "alert", "3.03", "--to", "ada@example.org", "--kind", "organization")
+    made = json.loads(printed(capsys, *words, "--json"))["id"]
+    assert "web has spent" not in printed(capsys, *words)
+    assert json.loads(printed(capsys, "budgets", "alerts", "--json"))[0]["last_passed"] == ""
+    used(store, Clock(time.time()))
+    SpendAlerts(store).evaluate()
+    shown = next(one for one in json.loads(printed(capsys, "budgets", "alerts", "--json")) if one["id"] == made)
+    assert (shown["scope"], shown["threshold"], shown["spent"]) == ("organization:default", "3.03", "3.03")
+    assert made in printed(capsys, "budgets", "alerts")
+    assert "is gone" in printed(capsys, "budgets", "forget", made)
+    assert run(["budgets", "forget", made]) == 1
+    assert run(["budgets", "alert", "1", "--to", "ada"]) == 1
+    assert run(["budgets", "alert", "1", "--to", "ada@example.org", "--name", "nobody"]) == 1
 
 
 def test_prices_and_budgets_are_set_and_shown(store: Store, capsys: Printed, tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from cluster.errors import InvalidRequest
 from cluster.private_files import Secrets
 from cluster.tenancy.keys import Keys
 from cluster.types import Deployment
+from mmaas.audited import audit_of
 from mmaas.quickstart import Quickstart
 from mmaas.up import Asked, deployment_of, opened_store, up
+from tests.cluster.tenancy.watching import watching
 from tests.fakes import FakePlatform
 
 
@@ -81,6 +83,15 @@ def test_the_keys_work_and_only_the_admin_key_is_an_admins(loaded: settings.Sett
         keys = Keys(store, Secrets(loaded.home).pepper)
         assert keys.verify(quickstart.api_key).scopes == {"inference"}
         assert keys.verify(quickstart.admin_key).can("admin")
+
+
+def test_what_it_makes_is_recorded(loaded: settings.Settings) -> None:
+    with opened_store(loaded) as store:
+        audit = audit_of(store, loaded)
+        with watching(store, audit) as seen:
+            run(loaded, FakePlatform())
+    seen.check()
+    assert sorted({*seen.actions}) == ["api_key.created", "model.deployed", "service_account.created"]
 
 
 def test_quickstart_is_private_and_complete(loaded: settings.Settings) -> None:

@@ -45,7 +45,7 @@ def tables(store: Store) -> set[str]:
 def fill(store: Store) -> None:
     audit, keys = Audit(store, bytes(32)), Idempotency(store)
     audit.record(SOMEBODY, "project.created", "p")
-    Consents(store, audit, frozenset()).put(SOMEBODY, Consent("acme", 1, redaction=None))
+    Consents(store, note=audit.by(SOMEBODY)).put(Consent("acme", 1, redaction=None))
     run = keys.begin("acme", "k", bytes(32))
     assert isinstance(run, Run)
     keys.finish(run, ANSWER)

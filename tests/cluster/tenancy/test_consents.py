@@ -18,19 +18,19 @@ def parts(migrated: Store, clock: Clock) -> tuple[Consents, Audit]:
     with migrated.begin() as connection:
         connection.execute(consents.delete())
     audit = Audit(migrated, bytes(32), clock)
-    return Consents(migrated, audit, frozenset({"keys"}), clock), audit
+    return Consents(migrated, clock, audit.by(SOMEBODY)), audit
 
 
 def test_consents_are_given_changed_and_withdrawn_with_a_record_of_each(parts: tuple[Consents, Audit]) -> None:
     consents, audit = parts
     before = audit.head().number
-    consents.put(SOMEBODY, Consent("acme", 0.5))
-    consents.put(SOMEBODY, Consent("acme", 0.0, redaction=None))
+    consents.put(Consent("acme", 0.5))
+    consents.put(Consent("acme", 0.0, redaction=None))
     assert consents.list() == [Consent("acme", 0.0, redaction=None)]
     last, first = [record for record in audit.records() if record.number > before][::-1]
     assert first.before is None
     assert last.before == first.after
-    assert (last.action, last.target, last.actor) == ("project.updated", "acme", SOMEBODY)
+    assert (last.action, last.target, last.project, last.actor) == ("project.updated", "acme", "acme", SOMEBODY)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_what_is_out_of_range_is_refused(parts: tuple[Consents, Audit], bad: Con
     consents, audit = parts
     before = audit.head()
     with pytest.raises(InvalidRequest):
-        consents.put(SOMEBODY, bad)
+        consents.put(bad)
     assert audit.head() == before
 
 

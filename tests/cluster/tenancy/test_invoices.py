@@ -120,7 +120,7 @@ def test_what_is_no_credit_is_refused(either_store: Store, clock: Clock, amount:
 def test_an_invoice_that_differs_from_the_usage_is_not_issued(used: Ledger, either_store: Store, clock: Clock) -> None:
     with either_store.begin() as connection:
         columns = "'forged', organization, 99, project, key_id, model, price, outcome, opened_at, booked_at, 7"
-        meters = "requests, input_tokens, cached_tokens, output_tokens, replayed_tokens, compute_seconds, traded_volume"
+        meters = "requests, input_tokens, cached_tokens, output_tokens, replayed_tokens, compute_seconds, traded_volume, operation"
         connection.exec_driver_sql(
             f"INSERT INTO usage_records SELECT {columns}, {meters} FROM usage_records WHERE request_id = 'r1'"
         )

@@ -87,10 +87,11 @@ def test_an_archived_project_takes_nothing_new_and_its_keys_end(accounts: Accoun
     project = accounts.projects.create(DEFAULT, "short").id
     _, text = accounts.keys.create(project, "key")
     assert accounts.keys.verify(text).tenant == project
-    clock.now = 2000.0
-    assert accounts.projects.archive(DEFAULT, project).archived_at == 2000.0
-    clock.now = 3000.0
-    assert accounts.projects.archive(DEFAULT, project).archived_at == 2000.0
+    clock.now += 1000.0
+    archived_at = clock.now
+    assert accounts.projects.archive(DEFAULT, project).archived_at == archived_at
+    clock.now += 1000.0
+    assert accounts.projects.archive(DEFAULT, project).archived_at == archived_at
     with pytest.raises(Unauthenticated, match="revoked"):
         accounts.keys.verify(text)
     for refused in (

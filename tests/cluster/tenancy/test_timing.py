@@ -39,7 +39,7 @@ def checked(body: str) -> str:
 
 
 def kinds(keys: Keys) -> dict[str, str]:
-    _, text = keys.create("acme", "test", ["inference"])
+    _, text = keys.create("default", "test", ["inference"])
     body = text[:-8]
     other = {"0": "1"}
     return {

@@ -30,6 +30,8 @@ from tests.deployments.gateway.test_specification import DOCUMENT, _nullable
 from tests.fakes import EchoModels
 
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "one two"}]}
+MONEY = re.compile("/(usage|costs|spend_)")
+"""Paths that `test_admin_money.py` drives."""
 COMPONENTS = _nullable(DOCUMENT["components"])
 
 
@@ -288,7 +290,7 @@ def test_people_groups_and_roles(office: Office) -> None:
 
 def test_every_route_of_the_document_was_driven_and_conforms(office: Office) -> None:
     """Runs behind the walks above, in this file's order."""
-    wanted = {(method, path) for path, operations in DOCUMENT["paths"].items() for method in operations}
+    wanted = {(method, path) for path, operations in DOCUMENT["paths"].items() if not MONEY.search(path) for method in operations}
     assert len(wanted) > 60
     assert sorted(wanted - office.conformity.seen) == []
 

@@ -14,11 +14,19 @@ from cluster.errors import NotFound
 from cluster.store import Store, metadata
 from cluster.tenancy import projects
 from cluster.tenancy.accounts import Accounts
+from cluster.tenancy.budgets import scope
 from cluster.tenancy.projects import DEFAULT
+from cluster.tenancy.spend_alerts import Wish
 from deployments.gateway.openai.admin.routes import routes
 from deployments.gateway.tenancy import Tenancy
 from tests.deployments.gateway.conftest import Server, serving
 
+ALERT = {
+    "threshold_amount": 1,
+    "currency": "EUR",
+    "interval": "month",
+    "notification_channel": {"type": "email", "recipients": ["spy@example.org"]},
+}
 BODIES: dict[str, dict[str, Any]] = {
     "create_service_account": {"name": "spy"},
     "create_key": {"name": "spy"},
@@ -34,6 +42,10 @@ BODIES: dict[str, dict[str, Any]] = {
     "create_project_role": {"role_name": "thief", "permissions": ["annotate"]},
     "update_role": {"role_name": "thief"},
     "update_project_role": {"role_name": "thief"},
+    "update_project_spend_limit": {"threshold_amount": 1, "currency": "EUR", "interval": "month"},
+    "create_project_spend_alert": ALERT,
+    "update_project_spend_alert": ALERT,
+    "update_spend_alert": ALERT,
     "assign_user_role": {"role_id": "role_organization_owner"},
     "assign_group_role": {"role_id": "role_organization_owner"},
     "assign_project_user_role": {"role_id": "role_project_owner"},
@@ -61,6 +73,10 @@ class World:
         self.account = accounts.service_accounts.list(DEFAULT, self.project).items[0].id
         self.admin_key, _ = accounts.keys.create_admin(DEFAULT, "root")
         self.invite = accounts.invites.create(DEFAULT, "bob@example.org", "owner")[0].id
+        wish = Wish(1, "month", ("ada@example.org",))
+        self.alert = accounts.spend_alerts.create(DEFAULT, scope("organization", DEFAULT), wish).id
+        self.project_alert = accounts.spend_alerts.create(DEFAULT, scope("project", self.project), wish).id
+        self.invoice = accounts.invoices.issue(DEFAULT, "2025-10").id
         self.other = accounts.projects.found("other").id
         self.mine = accounts.projects.create(self.other, "mine").id
         self.my_group = accounts.groups.create(self.other, "mine").id
@@ -76,6 +92,9 @@ class World:
             "group_id": self.group,
             "role_id": self.project_role if "/projects/" in path else self.role,
             "invite_id": self.invite,
+            "alert_id": self.project_alert if "/projects/" in path else self.alert,
+            "invoice_id": self.invoice,
+            "rate_limit_id": "rl-echo",
             "holder_id": self.user if "/users/" in path else self.group,
         }
 

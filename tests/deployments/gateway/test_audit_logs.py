@@ -30,26 +30,29 @@ SOMEBODY = Actor("session", "ada@host", email="ada@example.org", address="10.0.0
 KEY = Actor("api_key", "0123456789ab")
 
 ACTS: list[tuple[Any, ...]] = [
-    (KEY, "project.created", "proj_1", None, {"name": "p", "title": "P"}),
-    (KEY, "project.updated", "proj_1", {"name": "p"}, {"title": "q"}),
-    (KEY, "project.archived", "proj_1", {"status": "active"}, {"status": "archived"}),
-    (SOMEBODY, "api_key.created", "key_1", None, {"scopes": ["inference"]}),
-    (SOMEBODY, "api_key.updated", "key_1", {"scopes": ["a"]}, {"scopes": ["b"]}),
-    (SOMEBODY, "api_key.deleted", "key_1", {"scopes": ["b"]}, None),
+    (KEY, "project.created", "proj_1", None, {"name": "p"}),
+    (KEY, "project.updated", "proj_1", {"name": "p"}, {"name": "q"}),
+    (KEY, "project.archived", "proj_1", {"archived_at": None}, {"archived_at": 5.0}),
+    (SOMEBODY, "api_key.created", "key_1", None, {"scopes": "annotate inference"}),
+    (SOMEBODY, "api_key.updated", "key_1", {"scopes": "a"}, {"scopes": "b"}),
+    (SOMEBODY, "api_key.deleted", "key_1", {"scopes": "b"}, None),
     (KEY, "service_account.created", "sa_1", None, {"role": "member"}),
     (KEY, "service_account.updated", "sa_1", {"role": "member"}, {"role": "owner"}),
     (KEY, "service_account.deleted", "sa_1", None, None),
-    (KEY, "user.added", "u_1", None, {"role": "owner"}),
-    (KEY, "user.updated", "u_1", {"role": "owner"}, {"role": "reader"}),
+    (KEY, "user.added", "u_1", None, {"role_id": "role_organization_owner"}),
+    (KEY, "user.updated", "u_1", {"role_id": "role_organization_owner"}, {"role_id": "role_1"}),
     (KEY, "user.deleted", "u_1", None, None),
-    (KEY, "invite.sent", "i_1", None, {"email": "a@example.org", "role": "reader"}),
+    (KEY, "invite.sent", "i_1", None, {"email": "a@example.org", "role_id": "role_organization_reader"}),
     (KEY, "invite.accepted", "i_1", None, None),
-    (KEY, "group.created", "g_1", None, {"group_name": "all"}),
-    (KEY, "rate_limit.updated", "rl_1", None, {"max_requests_per_1_minute": 5}),
+    (KEY, "group.created", "g_1", None, {"name": "all"}),
+    (KEY, "rate_limit.updated", "rl_1", None, {"requests": 5, "tokens": None}),
     (KEY, "rate_limit.deleted", "rl_1", None, None),
-    (KEY, "role.created", "r_1", None, {"role_name": "x", "permissions": ["a"], "resource_type": "project", "resource_id": "p"}),
-    (KEY, "role.assignment.created", "ra_1", None, {"principal_id": "u", "principal_type": "user", "resource_id": "p"}),
-    (KEY, "organization.updated", "org", None, {"title": "t", "description": "d", "name": "n"}),
+    (KEY, "role.created", "r_1", None, {"name": "x", "permissions": "a b", "project_id": "p", "organization_id": "default"}),
+    (KEY, "role.updated", "r_1", {"name": "x", "permissions": "a b"}, {"name": "y", "permissions": "b c", "organization_id": "o"}),
+    (KEY, "role.deleted", "r_1", {"name": "y"}, None),
+    (KEY, "role.assignment.created", "u", None, {"holder_id": "u", "kind": "user", "role_id": "r_1", "project_id": "p"}),
+    (KEY, "role.assignment.deleted", "u", {"holder_id": "u", "kind": "user", "role_id": "r_1", "project_id": ""}, None),
+    (KEY, "organization.updated", "org", None, {"too_long": 9000, "sha256": "0"}),
     (Actor("system", "gateway"), "login.failed", "/v1/models", None, {"code": "invalid_api_key", "count": 3}),
 ]
 
@@ -120,6 +123,39 @@ def test_answers_conform_to_the_published_schema(audited: Server) -> None:
     assert len(answer.json()["data"]) == len(ACTS)
 
 
+def test_published_fields_are_made_of_the_rows(audited: Server) -> None:
+    with audited.http(KeyRing.OWNER) as http:
+        listed = http.get("/v1/organization/audit_logs", params={"limit": 100}).json()["data"]
+    told = {one["type"]: {k: v for k, v in one[one["type"]].items() if k not in ("id", "before", "after")} for one in listed}
+    place = {"resource_id": "p", "resource_type": "api.project"}
+    assert told == {kind: {} for kind in told} | {
+        "project.created": {"data": {"name": "p", "title": "p"}},
+        "project.updated": {"changes_requested": {"name": "q", "title": "q"}},
+        "api_key.created": {"data": {"scopes": ["annotate", "inference"]}},
+        "api_key.updated": {"changes_requested": {"scopes": ["b"]}},
+        "service_account.created": {"data": {"role": "member"}},
+        "service_account.updated": {"changes_requested": {"role": "owner"}},
+        "user.added": {"data": {"role": "owner"}},
+        "user.updated": {"changes_requested": {"role": "role_1"}},
+        "invite.sent": {"data": {"email": "a@example.org", "role": "reader"}},
+        "group.created": {"data": {"group_name": "all"}},
+        "rate_limit.updated": {"changes_requested": {"max_requests_per_1_minute": 5}},
+        "role.created": {"role_name": "x", "permissions": ["a", "b"], **place},
+        "role.updated": {
+            "changes_requested": {
+                "role_name": "y",
+                "permissions_added": ["c"],
+                "permissions_removed": ["a"],
+                "resource_id": "o",
+                "resource_type": "api.organization",
+            }
+        },
+        "role.assignment.created": {"principal_id": "u", "principal_type": "user", **place, "resource_type": "project"},
+        "role.assignment.deleted": {"principal_id": "u", "principal_type": "user", "resource_type": "organization"},
+        "login.failed": {"error_code": "invalid_api_key", "error_message": "refused at /v1/models"},
+    }
+
+
 def test_our_types_are_published_ones() -> None:
     assert set(DOCUMENT["components"]["schemas"]["AuditLogEventType"]["enum"]) >= audit_logs.PUBLISHED
 
@@ -167,10 +203,10 @@ def test_users_keys_do_not_read_it(audited: Server) -> None:
 
 
 def test_acts_over_http_are_recorded_and_listed_by_name(audited: Server, logged: Logged) -> None:
-    with audited.http(KeyRing.OWNER) as http:
-        slept = http.post("/v1/models/echo/sleep")
-        http.post("/v1/models/echo/wake")
-        http.post("/v1/models/none/sleep")
+    with audited.http(KeyRing.ADMIN) as operator, audited.http(KeyRing.OWNER) as http:
+        slept = operator.post("/v1/models/echo/sleep")
+        operator.post("/v1/models/echo/wake")
+        operator.post("/v1/models/none/sleep")
         params = {"event_types[]": ["model.put_to_sleep", "model.woken"]}
         woken, asleep = http.get("/v1/organization/audit_logs", params=params).json()["data"]
         everything = http.get("/v1/organization/audit_logs", params={"event_types[]": "*", "limit": 100}).json()["data"]

@@ -11,7 +11,7 @@ from cluster.settings import Settings
 from cluster.store import Store
 from cluster.tenancy.audit import read_head
 from cluster.tenancy.chain import Actor
-from cluster.tenancy.consents import Consent, Consents
+from cluster.tenancy.consents import Consent
 from deployments.gateway.chores import Chores, do
 from deployments.gateway.tenancy import Tenancy
 from tests.cluster.conftest import postgres_url  # noqa: F401 - a fixture
@@ -28,7 +28,8 @@ def test_everything_works_together_and_leaves_a_true_log(tmp_path: Path, kind: s
     store.migrate()
     tenancy = Tenancy.of(store, settings)
     assert tenancy.audit is not None
-    Consents(store, tenancy.audit, frozenset({"keys"})).put(Actor("system", "test"), Consent("acme", 1))
+    assert tenancy.accounts is not None
+    tenancy.accounts.by(Actor("system", "test")).consents.put(Consent("acme", 1))
     chores = Chores(tenancy.chores)
     for chore in tenancy.chores:
         do(chore)

@@ -1,32 +1,29 @@
 """One administrative call: who acts, on which organization, and what they may give to others.
 
-Endpoints are plain functions, which FastAPI runs in threads, because they wait for SQL. Every change passes `done`.
+Endpoints are plain functions, which FastAPI runs in threads, because they wait for SQL. What `accounts` change is recorded as the
+caller's.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from fastapi import Depends, Path, Query
 from pydantic import AfterValidator
 from starlette.requests import Request
-from starlette.responses import Response
 
 from cluster.errors import Forbidden, NotFound
 from cluster.tenancy import permissions
 from cluster.tenancy.accounts import Accounts
+from cluster.tenancy.chain import Actor
 from cluster.tenancy.paging import MOST, Asked
 from cluster.types import Principal
 from deployments.gateway import exchange, limits
 from deployments.gateway.openai.bounded import Bounded
 from deployments.gateway.openai.types import parse
-from deployments.gateway.responses import json_response
 from deployments.gateway.routes import entrance
-
-logger = logging.getLogger(__name__)
 
 Form = TypeVar("Form", bound=Bounded)
 _SIGNS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
@@ -63,11 +60,13 @@ class Act:
     @classmethod
     def of(cls, request: Request) -> Act:
         """Raises Forbidden for a key of no organization."""
-        principal, accounts = exchange.of(request.scope).principal, entrance(request).accounts
+        notes, accounts = exchange.of(request.scope), entrance(request).accounts
+        principal = notes.principal
         assert accounts is not None, "these routes exist only with accounts"
         if principal is None or not principal.organization or principal.tenant:
             raise Forbidden("Only an admin key administers an organization.")
-        return cls(request, accounts, principal, principal.organization)
+        actor = Actor("api_key", principal.key_id, address=request.client.host if request.client else None)
+        return cls(request, accounts.by(actor, notes.request_id), principal, principal.organization)
 
     def form(self, kind: type[Form]) -> Form:
         """The body; an empty one is an empty object. Raises InvalidRequest."""
@@ -85,9 +84,3 @@ class Act:
 
     def ends_at(self, seconds: int | None) -> float | None:
         return None if seconds is None else self.accounts.clock() + seconds
-
-    def done(self, event: str, target: str, content: Mapping[str, Any]) -> Response:
-        """The answer to a change that was made; `event` is the official audit log's name for it."""
-        who = {"key_id": self.principal.key_id, "organization": self.organization}
-        logger.info("administration", extra={"event": event, "target": target, **who})
-        return json_response(content)

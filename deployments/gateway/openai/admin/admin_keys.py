@@ -40,7 +40,7 @@ def create_admin_key(request: Request) -> Response:
     scopes, ends_at = asked.scopes or held, act.ends_at(asked.expires_in_seconds)
     act.may_grant(scopes)
     key_id, text = act.accounts.keys.create_admin(act.organization, asked.name, scopes, ends_at, user=asked.user_id)
-    return act.done("admin_api_key.created", key_id, {**_shown(act, _key(act, key_id)), "value": text})
+    return json_response({**_shown(act, _key(act, key_id)), "value": text})
 
 
 @router.get(KEY, response_model=objects.AdminKey)
@@ -58,7 +58,7 @@ def rotate_admin_key(request: Request, key_id: Id) -> Response:
     overlap = act.form(forms.Rotation).overlap_seconds
     act.may_grant(_key(act, key_id).scopes)
     new_id, text = act.accounts.keys.rotate(key_id, OVERLAP_S if overlap is None else overlap)
-    return act.done("admin_api_key.rotated", key_id, {**_shown(act, _key(act, new_id)), "value": text})
+    return json_response({**_shown(act, _key(act, new_id)), "value": text})
 
 
 @router.delete(KEY, response_model=objects.Deleted)
@@ -67,7 +67,7 @@ def delete_admin_key(request: Request, key_id: Id) -> Response:
     act = Act.of(request)
     act.may_grant(_key(act, key_id).scopes)
     act.accounts.keys.revoke(key_id)
-    return act.done("admin_api_key.deleted", key_id, answers.deleted("organization.admin_api_key", key_id))
+    return json_response(answers.deleted("organization.admin_api_key", key_id))
 
 
 def _key(act: Act, key_id: str) -> Key:

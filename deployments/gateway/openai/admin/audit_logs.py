@@ -1,4 +1,4 @@
-"""GET /v1/organization/audit_logs as the OpenAI API has it: the query, and records as its events.
+"""GET /v1/organization/audit_logs as the OpenAI API has it: the query and the list.
 
 Types that the published list doesn't have (denials of access, models, kept calls) are listed only when `event_types[]` names them,
 or `*` for all: clients that check answers strictly know no others. `mmaas audit list` shows everything.
@@ -6,16 +6,15 @@ or `*` for all: clients that check answers strictly know no others. `mmaas audit
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cluster.errors import InvalidRequest
 from cluster.tenancy.audit import Wanted
-from cluster.tenancy.chain import Actor, Record
-from deployments.gateway.openai.answers import AuditLog, AuditLogs
+from cluster.tenancy.chain import Record
+from deployments.gateway.openai.admin.audit_events import event
+from deployments.gateway.openai.answers import AuditLogs
 
 _KINDS = {
     "api_key": "created updated deleted",
@@ -98,43 +97,3 @@ def listing(records: Sequence[Record], has_more: bool) -> AuditLogs:
     data = [event(record) for record in records]
     ends = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return {"object": "list", "data": data, "first_id": ends[0], "last_id": ends[1], "has_more": has_more}
-
-
-def event(record: Record) -> AuditLog:
-    shown: dict[str, Any] = {
-        "id": record.id,
-        "type": record.action,
-        "effective_at": int(record.at),
-        "actor": _actor(record.actor),
-        record.action: _details(record),
-    }
-    if record.project:
-        shown["project"] = {"id": record.project}
-    return shown  # type: ignore[return-value]
-
-
-def _actor(actor: Actor) -> dict[str, object]:
-    user = {name: value for name, value in (("id", actor.id), ("email", actor.email)) if value is not None}
-    if actor.kind == "api_key":
-        owner = {"type": "user", "user": {"email": actor.email}} if actor.email else {"type": "service_account"}
-        return {"type": "api_key", "api_key": {"id": actor.id, **owner}}
-    session: dict[str, object] = {"user": user}
-    if actor.address:
-        session["ip_address"] = actor.address
-    return {"type": "session", "session": session}
-
-
-def _details(record: Record) -> dict[str, Any]:
-    """The published fields of the type; what was before and after stand there in full, too."""
-    before, after = (json.loads(text) if text else None for text in (record.before, record.after))
-    full = {name: value for name, value in (("before", before), ("after", after)) if value is not None}
-    verb = record.action.rpartition(".")[2]
-    if record.action == "login.failed":
-        return {"error_code": (after or {}).get("code"), "error_message": f"refused at {record.target}", **full}
-    if record.action.startswith("role."):
-        return {**(after or before or {}), "id": record.target, **full}
-    if verb in ("created", "sent", "added") and after:
-        return {"id": record.target, "data": after, **full}
-    if verb == "updated" and after:
-        return {"id": record.target, "changes_requested": after, **full}
-    return {"id": record.target, **full}

@@ -34,7 +34,7 @@ def list_groups(request: Request, asked: Paged) -> Response:
 def create_group(request: Request) -> Response:
     act = Act.of(request)
     made = act.accounts.groups.create(act.organization, act.form(forms.GroupName).name)
-    return act.done("group.created", made.id, answers.group(made))
+    return json_response(answers.group(made))
 
 
 @router.get(GROUP, response_model=objects.Group)
@@ -49,7 +49,7 @@ def retrieve_group(request: Request, group_id: Id) -> Response:
 def update_group(request: Request, group_id: Id) -> Response:
     act = Act.of(request)
     found = act.accounts.groups.rename(act.organization, group_id, act.form(forms.GroupName).name)
-    return act.done("group.updated", group_id, answers.group(found))
+    return json_response(answers.group(found))
 
 
 @router.delete(GROUP, response_model=objects.Deleted)
@@ -59,7 +59,7 @@ def delete_group(request: Request, group_id: Id) -> Response:
     act = Act.of(request)
     _may_touch(act, group_id)
     act.accounts.groups.delete(act.organization, group_id)
-    return act.done("group.deleted", group_id, answers.deleted("group", group_id))
+    return json_response(answers.deleted("group", group_id))
 
 
 @router.get(USERS, response_model=objects.Next[objects.GroupMember])
@@ -77,7 +77,7 @@ def create_group_user(request: Request, group_id: Id) -> Response:
     user_id = act.form(forms.GroupUser).user_id
     _may_touch(act, group_id)
     added = act.accounts.groups.add(act.organization, group_id, user_id)
-    return act.done("group.user.added", group_id, {"object": "group.user", "user_id": added.id, "group_id": group_id})
+    return json_response({"object": "group.user", "user_id": added.id, "group_id": group_id})
 
 
 @router.get(f"{USERS}/{{user_id}}", response_model=objects.GroupMember)
@@ -93,7 +93,7 @@ def delete_group_user(request: Request, group_id: Id, user_id: Id) -> Response:
     act = Act.of(request)
     _may_touch(act, group_id)
     act.accounts.groups.remove(act.organization, group_id, user_id)
-    return act.done("group.user.removed", group_id, answers.removed("group.user"))
+    return json_response(answers.removed("group.user"))
 
 
 @router.get(IN_PROJECT, response_model=objects.Next[objects.ProjectGroup])
@@ -111,7 +111,7 @@ def create_project_group(request: Request, project_id: Id) -> Response:
     act = Act.of(request)
     asked = act.form(forms.GroupJoin)
     made = act.accounts.groups.join(act.organization, project_id, asked.group_id, asked.role)
-    return act.done("project.group.added", made.group.id, answers.project_group(made))
+    return json_response(answers.project_group(made))
 
 
 @router.get(f"{IN_PROJECT}/{{group_id}}", response_model=objects.ProjectGroup)
@@ -129,7 +129,7 @@ def retrieve_project_group(
 def delete_project_group(request: Request, project_id: Id, group_id: Id) -> Response:
     act = Act.of(request)
     act.accounts.groups.leave(act.organization, project_id, group_id)
-    return act.done("project.group.removed", group_id, answers.removed("project.group"))
+    return json_response(answers.removed("project.group"))
 
 
 def _may_touch(act: Act, group: str) -> None:

@@ -15,11 +15,10 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from cluster.errors import InvalidRequest, NotFound
 from cluster.tenancy.model_permissions import EVERYTHING, MAX_MODELS, Mode, Permission
-from cluster.tenancy.rate_limits import ANY, MOST, RateLimit
+from cluster.tenancy.rate_limits import ANY, MOST, PREFIX, RateLimit
 from deployments.gateway.openai.bounded import Bounded
 from deployments.gateway.openai.types import parse
 
-PREFIX = "rl-"
 MAX_PAGE = 100
 LARGEST = (1 << 63) - 1
 
@@ -74,7 +73,7 @@ class PermissionsDeleted(TypedDict):
 def rate_limit(limit: RateLimit) -> ProjectRateLimit:
     return {
         "object": "project.rate_limit",
-        "id": id_of(limit),
+        "id": limit.id,
         "model": limit.model,
         "max_requests_per_1_minute": _said(limit.requests),
         "max_tokens_per_1_minute": _said(limit.tokens),
@@ -82,14 +81,10 @@ def rate_limit(limit: RateLimit) -> ProjectRateLimit:
     }
 
 
-def id_of(limit: RateLimit) -> str:
-    return f"{PREFIX}{limit.model}" + (f"@{limit.key_id}" if limit.key_id != ANY else "")
-
-
 def everything(project: str, rows: Iterable[RateLimit], served: Iterable[str]) -> dict[str, RateLimit]:
     """By id: the rows there are, the project's own, and one for each served model."""
     blank = [RateLimit(project), *(RateLimit(project, name) for name in served)]
-    return {id_of(limit): limit for limit in [*blank, *rows]}
+    return {limit.id: limit for limit in [*blank, *rows]}
 
 
 def found(limits: Mapping[str, RateLimit], project: str, limit_id: str) -> RateLimit:

@@ -52,7 +52,7 @@ def update_rate_limit(request: Request, project_id: Id, rate_limit_id: str, serv
     act = Act.of(request)
     changed = wire.changed(wire.found(_limits(act, project_id, served), project_id, rate_limit_id), _body(request))
     act.accounts.rate_limits.put(changed)
-    return act.done("rate_limit.updated", wire.id_of(changed), wire.rate_limit(changed))
+    return json_response(wire.rate_limit(changed))
 
 
 @router.get(PERMISSIONS, response_model=ProjectModelPermissions)
@@ -71,7 +71,7 @@ def update_model_permissions(request: Request, project_id: Id) -> Response:
     act = Act.of(request)
     project, asked = act.accounts.projects.get(act.organization, project_id).id, act.form(PermissionUpdate)
     said = act.accounts.model_permissions.put(project, asked.mode, asked.model_ids)
-    return act.done("project.updated", project, wire.permissions(said))
+    return json_response(wire.permissions(said))
 
 
 @router.delete(PERMISSIONS, response_model=PermissionsDeleted)
@@ -81,7 +81,7 @@ def delete_model_permissions(request: Request, project_id: Id) -> Response:
     act = Act.of(request)
     project = act.accounts.projects.get(act.organization, project_id).id
     deleted = act.accounts.model_permissions.delete(project)
-    return act.done("project.updated", project, {"object": "project.model_permissions.deleted", "deleted": deleted})
+    return json_response({"object": "project.model_permissions.deleted", "deleted": deleted})
 
 
 def _limits(act: Act, project_id: str, served: list[str]) -> dict[str, RateLimit]:

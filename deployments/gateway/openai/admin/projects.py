@@ -37,7 +37,7 @@ def list_projects(request: Request, asked: Paged, include_archived: bool = False
 def create_project(request: Request) -> Response:
     act = Act.of(request)
     made = act.accounts.projects.create(act.organization, act.form(forms.ProjectCreate).name)
-    return act.done("project.created", made.id, answers.project(made))
+    return json_response(answers.project(made))
 
 
 @router.get(PROJECT, response_model=objects.Project)
@@ -54,7 +54,7 @@ def update_project(request: Request, project_id: Id) -> Response:
     found, name = act.accounts.projects.get(act.organization, project_id), act.form(forms.ProjectUpdate).name
     if name is not None:
         found = act.accounts.projects.rename(act.organization, project_id, name)
-    return act.done("project.updated", found.id, answers.project(found))
+    return json_response(answers.project(found))
 
 
 @router.post(f"{PROJECT}/archive", response_model=objects.Project)
@@ -63,7 +63,7 @@ def archive_project(request: Request, project_id: Id) -> Response:
     """Its keys end with it, for good."""
     act = Act.of(request)
     found = act.accounts.projects.archive(act.organization, project_id)
-    return act.done("project.archived", found.id, answers.project(found))
+    return json_response(answers.project(found))
 
 
 @router.get(ACCOUNTS, response_model=objects.Cursor[objects.ServiceAccount])
@@ -82,7 +82,7 @@ def create_service_account(request: Request, project_id: Id) -> Response:
     asked = act.form(forms.ServiceAccountCreate)
     if asked.create_service_account_only:
         account = act.accounts.service_accounts.create(act.organization, project_id, asked.name)
-        return act.done("service_account.created", account.id, {**answers.service_account(account), "api_key": None})
+        return json_response({**answers.service_account(account), "api_key": None})
     act.accounts.projects.get(act.organization, project_id)
     ends_at = act.ends_at(asked.expires_in_seconds)
     scopes = asked.scopes or [INFERENCE]
@@ -91,7 +91,7 @@ def create_service_account(request: Request, project_id: Id) -> Response:
     assert key.owner is not None
     account = act.accounts.service_accounts.get(act.organization, project_id, key.owner.id)
     shown = {**answers.service_account(account), "api_key": answers.new_key(key, text)}
-    return act.done("service_account.created", account.id, shown)
+    return json_response(shown)
 
 
 @router.get(f"{ACCOUNTS}/{{service_account_id}}", response_model=objects.ServiceAccount)
@@ -113,7 +113,7 @@ def update_service_account(request: Request, project_id: Id, service_account_id:
     asked = act.form(forms.ServiceAccountUpdate)
     verb = act.accounts.service_accounts.update
     found = verb(act.organization, project_id, service_account_id, name=asked.name, role=asked.role)
-    return act.done("service_account.updated", found.id, answers.service_account(found))
+    return json_response(answers.service_account(found))
 
 
 @router.delete(f"{ACCOUNTS}/{{service_account_id}}", response_model=objects.Deleted)
@@ -123,7 +123,7 @@ def delete_service_account(request: Request, project_id: Id, service_account_id:
     act = Act.of(request)
     act.accounts.service_accounts.delete(act.organization, project_id, service_account_id)
     shown = answers.deleted("organization.project.service_account", service_account_id)
-    return act.done("service_account.deleted", service_account_id, shown)
+    return json_response(shown)
 
 
 @router.post(
@@ -140,7 +140,7 @@ def create_key(request: Request, project_id: Id, service_account_id: Id) -> Resp
     ends_at, scopes = act.ends_at(asked.expires_in_seconds), asked.scopes or [INFERENCE]
     key_id, text = keys.create(project_id, asked.name, scopes, ends_at, models=asked.models, service_account=account)
     made = keys.get(act.organization, project_id, key_id)
-    return act.done("api_key.created", key_id, answers.new_key(made, text))
+    return json_response(answers.new_key(made, text))
 
 
 @router.get(KEYS, response_model=objects.Cursor[objects.ProjectKey])
@@ -177,7 +177,7 @@ def update_key(request: Request, project_id: Id, api_key_id: Id) -> Response:
         expires_at=act.ends_at(asked.expires_in_seconds),
         models=asked.models,
     )
-    return act.done("api_key.updated", found.id, answers.project_key(found))
+    return json_response(answers.project_key(found))
 
 
 @router.post(f"{KEYS}/{{api_key_id}}/rotate", response_model=objects.NewKey, openapi_extra=takes(forms.Rotation, required=False))
@@ -189,7 +189,7 @@ def rotate_key(request: Request, project_id: Id, api_key_id: Id) -> Response:
     act.accounts.keys.get(act.organization, project_id, api_key_id)
     new_id, text = act.accounts.keys.rotate(api_key_id, OVERLAP_S if overlap is None else overlap)
     made = act.accounts.keys.get(act.organization, project_id, new_id)
-    return act.done("api_key.rotated", api_key_id, answers.new_key(made, text))
+    return json_response(answers.new_key(made, text))
 
 
 @router.delete(f"{KEYS}/{{api_key_id}}", response_model=objects.Deleted)
@@ -198,4 +198,4 @@ def delete_key(request: Request, project_id: Id, api_key_id: Id) -> Response:
     act = Act.of(request)
     act.accounts.keys.get(act.organization, project_id, api_key_id)
     act.accounts.keys.revoke(api_key_id)
-    return act.done("api_key.deleted", api_key_id, answers.deleted("organization.project.api_key", api_key_id))
+    return json_response(answers.deleted("organization.project.api_key", api_key_id))

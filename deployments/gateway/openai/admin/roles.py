@@ -96,7 +96,7 @@ def _create(request: Request, project: str | None) -> Response:
     asked = act.form(forms.RoleCreate)
     act.may_grant(asked.permissions)
     made = act.accounts.roles.create(act.organization, project, asked.role_name, asked.permissions, asked.description)
-    return act.done("role.created", made.id, answers.role(made))
+    return json_response(answers.role(made))
 
 
 def _retrieve(request: Request, project: str | None, role: str) -> Response:
@@ -111,14 +111,14 @@ def _update(request: Request, project: str | None, role: str) -> Response:
     act.may_grant(asked.permissions or ())
     changes = {"name": asked.role_name, "description": asked.description}
     found = act.accounts.roles.update(act.organization, project, role, granted=asked.permissions, **changes)
-    return act.done("role.updated", role, answers.role(found))
+    return json_response(answers.role(found))
 
 
 def _delete(request: Request, project: str | None, role: str) -> Response:
     act = Act.of(request)
     act.may_grant(act.accounts.roles.get(act.organization, project, role).permissions)
     act.accounts.roles.delete(act.organization, project, role)
-    return act.done("role.deleted", role, answers.deleted("role", role))
+    return json_response(answers.deleted("role", role))
 
 
 def _check_user(act: Act, project: str | None, user: str) -> None:
@@ -161,7 +161,7 @@ def _assign(request: Request, kind: Kind, project: str | None, holder: str) -> R
     role = act.accounts.roles.get(act.organization, project, asked.role_id)
     act.may_grant(role.permissions)
     act.accounts.roles.assign(act.organization, project, kind, holder, role.id)
-    return act.done("role.assignment.created", holder, {**GIVEN[kind](act, holder), "role": answers.role(role)})
+    return json_response({**GIVEN[kind](act, holder), "role": answers.role(role)})
 
 
 def _retrieve_assigned(request: Request, kind: Kind, project: str | None, holder: str, role_id: str) -> Response:
@@ -176,7 +176,7 @@ def _take(request: Request, kind: Kind, project: str | None, holder: str, role_i
     CHECKS[kind](act, project, holder)
     act.may_grant(act.accounts.roles.find_assigned(act.organization, project, kind, holder, role_id).permissions)
     act.accounts.roles.take(act.organization, project, kind, holder, role_id)
-    return act.done("role.assignment.deleted", holder, answers.removed(f"{kind}.role"))
+    return json_response(answers.removed(f"{kind}.role"))
 
 
 def _add_in_organization(kind: Kind, given: Any) -> None:

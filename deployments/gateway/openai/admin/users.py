@@ -59,7 +59,7 @@ def update_user(request: Request, user_id: Id) -> Response:
         role = act.accounts.roles.resolve(act.organization, None, named)
         act.may_grant(role.permissions)
         found = act.accounts.users.set_role(act.organization, user_id, role.id)
-    return act.done("user.updated", user_id, shown(act, found))
+    return json_response(shown(act, found))
 
 
 @router.delete(f"{USERS}/{{user_id}}", response_model=objects.Deleted)
@@ -69,7 +69,7 @@ def delete_user(request: Request, user_id: Id) -> Response:
     act = Act.of(request)
     act.may_touch(user_id)
     act.accounts.users.remove(act.organization, user_id)
-    return act.done("user.deleted", user_id, answers.deleted("organization.user", user_id))
+    return json_response(answers.deleted("organization.user", user_id))
 
 
 @router.get(MEMBERS, response_model=objects.Cursor[objects.ProjectUser])
@@ -89,7 +89,7 @@ def create_member(request: Request, project_id: Id) -> Response:
     asked = act.form(forms.MemberCreate)
     user = asked.user_id or _by_address(act, asked.email)
     made = act.accounts.users.join(act.organization, project_id, user, asked.role)
-    return act.done("project.user.added", user, _member(act, made))
+    return json_response(_member(act, made))
 
 
 @router.get(f"{MEMBERS}/{{user_id}}", response_model=objects.ProjectUser)
@@ -107,7 +107,7 @@ def update_member(request: Request, project_id: Id, user_id: Id) -> Response:
     found = act.accounts.users.member(act.organization, project_id, user_id)
     if role is not None:
         found = act.accounts.users.set_member_role(act.organization, project_id, user_id, role)
-    return act.done("project.user.updated", user_id, _member(act, found))
+    return json_response(_member(act, found))
 
 
 @router.delete(f"{MEMBERS}/{{user_id}}", response_model=objects.Deleted)
@@ -115,7 +115,7 @@ def update_member(request: Request, project_id: Id, user_id: Id) -> Response:
 def delete_member(request: Request, project_id: Id, user_id: Id) -> Response:
     act = Act.of(request)
     act.accounts.users.leave(act.organization, project_id, user_id)
-    return act.done("project.user.removed", user_id, answers.deleted("organization.project.user", user_id))
+    return json_response(answers.deleted("organization.project.user", user_id))
 
 
 @router.get(INVITES, response_model=objects.Cursor[objects.Invite])
@@ -136,7 +136,7 @@ def create_invite(request: Request) -> Response:
     act.may_grant(role.permissions)
     within = {project.id: project.role for project in asked.projects or ()}
     made, token = act.accounts.invites.create(act.organization, asked.email, role.id, within)
-    return act.done("invite.sent", made.id, {**answers.invite(made, act.accounts.clock()), "token": token})
+    return json_response({**answers.invite(made, act.accounts.clock()), "token": token})
 
 
 @router.get(f"{INVITES}/{{invite_id}}", response_model=objects.Invite)
@@ -151,7 +151,7 @@ def retrieve_invite(request: Request, invite_id: Id) -> Response:
 def delete_invite(request: Request, invite_id: Id) -> Response:
     act = Act.of(request)
     act.accounts.invites.delete(act.organization, invite_id)
-    return act.done("invite.deleted", invite_id, answers.deleted("organization.invite", invite_id))
+    return json_response(answers.deleted("organization.invite", invite_id))
 
 
 def shown(act: Act, user: User) -> objects.User:
