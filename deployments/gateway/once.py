@@ -104,7 +104,7 @@ class Once:
 
     async def _execute(self, run: Run, request: Request, handle: Handle, tape: Tape) -> None:
         theirs = exchange.of(request.scope)
-        notes = replace(theirs)  # what becomes of the caller doesn't matter to the work
+        notes = replace(theirs, status=0, error=None)  # what becomes of the caller, or became already, doesn't matter to the work
         unsettled: list[Running] = []
         notes.on_end = unsettled.append
         own = Request({**request.scope, exchange.KEY: notes}, _never)

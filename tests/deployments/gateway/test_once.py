@@ -23,7 +23,7 @@ import sqlalchemy as sa
 
 from cluster.errors import ModelError
 from cluster.store import Store
-from cluster.tenancy.idempotency import LEASE_S, Bounds, Idempotency, idempotency, idempotency_totals
+from cluster.tenancy.idempotency import LEASE_S, Bounds, Idempotency, Replay, Run, idempotency, idempotency_totals
 from cluster.tenancy.journal import usage_records
 from cluster.tenancy.ledger import Ledger
 from cluster.tenancy.metering import Metering
@@ -252,6 +252,25 @@ def test_callers_who_left_do_not_pile_up_without_bound(tmp_path: Path) -> None:
                 http.post("/v1/chat/completions", json=CHAT, headers={"Idempotency-Key": str(number)}, timeout=0.2)
         assert http.post("/v1/chat/completions", json=CHAT, headers={"Idempotency-Key": "3"}).status_code == 503
         eventually(lambda: models.open == 0)
+    store.close()
+
+
+class Slow(Idempotency):
+    def begin(self, tenant: str, key: str, request: bytes) -> Replay | Run:
+        time.sleep(0.5)
+        return super().begin(tenant, key, request)
+
+
+def test_who_leaves_before_the_work_has_begun_finds_its_answer_too(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path}/mmaas.db")
+    store.migrate()
+    with serving(tenancy=Tenancy(once=Once(Slow(store)))) as server, server.http() as http:
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/chat/completions", json=CHAT, headers=KEY, timeout=0.2)
+        eventually(lambda: len(server.models.requests) == 1 and server.models.open == 0)
+        eventually(lambda: running_keys(store) == 0)
+        assert http.post("/v1/chat/completions", json=CHAT, headers=KEY).headers["idempotent-replayed"] == "true"
+        assert len(server.models.requests) == 1
     store.close()
 
 
