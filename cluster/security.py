@@ -24,7 +24,7 @@ from cluster.settings import Settings
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 RAY_PATHS = ("/api/jobs/", "/api/version", "/api/v0/actors", "/api/serve/applications/", "/nodes?view=summary", "/logs")
-PUBLIC = frozenset({"/health", "/ready"})
+PUBLIC = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
 """What the gateway may tell everybody, beside its description of itself."""
 HEADERS = {
     "x-content-type-options": "nosniff",
