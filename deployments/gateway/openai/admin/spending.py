@@ -34,11 +34,6 @@ class Place:
     def scope(self) -> str:
         return budgets.scope(self.kind, self.name)
 
-    @property
-    def event(self) -> str:
-        """What a change here is in the official audit log, which has no event of its own for it."""
-        return f"{self.kind}.updated"
-
 
 def check_currency(act: Act, named: str) -> None:
     """Raises InvalidRequest: no amount here is ever converted."""
