@@ -99,13 +99,6 @@ class BudgetExceeded(PlatformError):
     type = "insufficient_quota"
 
 
-class LedgerUnavailable(PlatformError):
-    """Raised when what a request costs can't be written down now; nothing that costs is begun then."""
-
-    status = 503
-    code = "billing_unavailable"
-
-
 class InProgress(InvalidRequest):
     """Raised when a request with the same idempotency key is still being worked on: come back for its answer."""
 
@@ -141,6 +134,13 @@ class Overloaded(PlatformError):
 
     status = 503
     code = "overloaded"
+
+
+class LedgerUnavailable(PlatformError):
+    """Raised when what a request costs can't be written down now; nothing that costs is begun then."""
+
+    status = 503
+    code = "billing_unavailable"
 
 
 class Unavailable(PlatformError):

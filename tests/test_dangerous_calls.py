@@ -28,7 +28,11 @@ BANNED = {
     "jinja2.Template": "renders outside the sandbox",
 }
 SQL = ("execute", "exec_driver_sql", "text", "scalar", "scalars")
-ALLOWED = {("cluster.store", "connection.execute takes SQL that is put together")}  # a PRAGMA out of four constants
+ALLOWED = {
+    ("cluster.store", "connection.execute takes SQL that is put together"),  # a PRAGMA out of four constants
+    ("cluster.migrations.versions.0006_ledger", "op.execute takes SQL that is put together"),  # triggers of tables by name
+    ("cluster.migrations.versions.0008_audit", "op.execute takes SQL that is put together"),  # likewise
+}
 
 
 def dangers(tree: ast.AST) -> Iterator[str]:

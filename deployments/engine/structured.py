@@ -137,8 +137,7 @@ class Grammars:
                 matcher.state.unsafe_compute_mask_ptr(row.ctypes.data, known * row.itemsize)
         allowed = bits[:, :words]
         allowed[:, -1] &= np.uint32(0xFFFFFFFF >> -width % 32)
-        has_tokens: list[bool] = allowed.any(axis=1).tolist()
-        for matcher, can_go_on in zip(matchers, has_tokens, strict=True):
+        for matcher, can_go_on in zip(matchers, np.any(allowed, axis=1), strict=True):
             if not can_go_on or matcher.state is None or matcher.state.is_error():  # its mask is that of a finished one
                 matcher.fail()
                 self._kept.pop(matcher.constraint, None)  # what is full may be the lexer, which others share

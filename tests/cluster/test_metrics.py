@@ -26,7 +26,7 @@ def test_nothing_from_a_client_becomes_a_label() -> None:
 
 def test_all_metrics_carry_the_prefix_and_are_registered() -> None:
     ours = [family.name for value in vars(metrics).values() if isinstance(value, MetricWrapperBase) for family in value.describe()]
-    assert len(ours) == 10
+    assert len(ours) == 12
     assert all(name.startswith("mmaas_") for name in ours)
     assert set(ours) <= {family.name for family in REGISTRY.collect()}
 

@@ -19,7 +19,9 @@ from cluster.desired import Desired
 from cluster.store import Store
 from cluster.tenancy.accounts import Accounts
 from cluster.tenancy.audit import Audit
+from cluster.tenancy.budgets import scope
 from cluster.tenancy.kept_files import KeptCall, KeptFiles
+from cluster.tenancy.spend_alerts import Wish
 from cluster.types import Adapter, Deployment
 from deployments import fleet
 from deployments.gateway.exchange import new_request_id
@@ -32,7 +34,8 @@ from tests.cluster.conftest import postgres_url  # noqa: F401 - a fixture
 from tests.cluster.tenancy.watching import watching
 
 CHANGES_NOTHING = {
-    *("down", "status", "doctor", "plan", "chat", "usage", "train demo", "kept list", "prices list", "budgets list"),
+    *("down", "status", "doctor", "plan", "chat", "usage", "train demo", "kept list", "prices list"),
+    *("budgets list", "budgets alerts"),
     *("invoice show", "invoice list", "invoice check", "audit list", "audit verify", "audit export"),
     *("adapters list", "keys list", "projects list", "organizations list", "users list"),
 }
@@ -57,12 +60,14 @@ def given(home: Path, tmp_path: Path) -> dict[str, str]:
         user = to.users.add("default", "ada@example.org", "Ada", "owner").id
         _, token = to.invites.create("default", "bob@example.org", "reader", {project: "member"})
         key, _ = to.keys.create(project, "key")
+        alert = to.spend_alerts.create("default", scope("project", project), Wish(1, "month", ("ada@example.org",))).id
         Desired(store).put(Deployment("chat", str(tmp_path)))
         Catalog(store).put(Adapter("chat", "german", "0" * 64))
     kept = KeptCall(REQUEST, 0.0, "default", "key", "chat.completions", "chat", 200, True, "{}", "{}")
     KeptFiles(home / "kept").write([kept])
     (tmp_path / "prices.json").write_text("{}")
-    return {"project": project, "old": old, "user": user, "token": token, "key": key, "directory": str(tmp_path)}
+    ids = {"project": project, "old": old, "user": user, "token": token, "key": key, "alert": alert}
+    return ids | {"directory": str(tmp_path)}
 
 
 def commands(has: dict[str, str]) -> dict[str, list[list[str]]]:
@@ -88,6 +93,8 @@ def commands(has: dict[str, str]) -> dict[str, list[list[str]]]:
         "prices publish": [["prices", "publish", prices], ["prices", "publish", prices, "--plan", "gold", "--days", "1"]],
         "prices subscribe": [["prices", "subscribe", "gold"]],
         "budgets set": [["budgets", "set", "1", "--name", has["project"]], ["budgets", "set", "none", "--name", has["project"]]],
+        "budgets alert": [["budgets", "alert", "1", "--to", "ada@example.org", "--name", has["project"]]],
+        "budgets forget": [["budgets", "forget", has["alert"]]],
         "invoice issue": [["invoice", "issue", MONTH]],
         "invoice credit": [["invoice", "credit", "1", "--reason", "sorry"]],
         "kept allow": [["kept", "allow", "default", "--share", "0.5"]],
@@ -127,7 +134,7 @@ def either_home(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.
 
 
 def test_it_is_known_of_every_command_whether_it_changes_anything() -> None:
-    has = dict.fromkeys(("project", "old", "user", "token", "key", "directory"), "x")
+    has = dict.fromkeys(("project", "old", "user", "token", "key", "alert", "directory"), "x")
     assert sorted([*CHANGES_NOTHING, *commands(has), "up"]) == sorted(names(typer.main.get_command(app)))
 
 

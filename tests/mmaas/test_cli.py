@@ -88,13 +88,13 @@ def test_help_takes_few_times_the_work_of_an_empty_python() -> None:
 
 
 def test_acts_of_the_command_line_are_in_the_audit_log(capsys: pytest.CaptureFixture[str], tmp_path: Path, home: Path) -> None:
-    assert run(["keys", "create", "--tenant", "acme", "--name", "ci", "--json"]) == 0
+    assert run(["keys", "create", "--name", "ci", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert run(["keys", "revoke", made["id"]]) == 0
     capsys.readouterr()
     assert run(["audit", "list", "--json"]) == 0
     revoked, created = json.loads(capsys.readouterr().out)
-    assert (created["action"], created["target"], created["project"]) == ("api_key.created", made["id"], "acme")
+    assert (created["action"], created["target"], created["project"]) == ("api_key.created", made["id"], "default")
     assert (revoked["action"], revoked["target"], revoked["actor"]["kind"]) == ("api_key.deleted", made["id"], "session")
     assert made["key"] not in (home / "mmaas.db").read_bytes().decode("latin-1")
     assert run(["audit", "verify"]) == 0

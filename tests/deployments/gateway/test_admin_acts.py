@@ -12,10 +12,12 @@ import openai
 import pytest
 
 from cluster.store import Store
+from cluster.tenancy import budgets
 from cluster.tenancy.accounts import Accounts
 from cluster.tenancy.audit import Audit
 from cluster.tenancy.chain import Actor
 from cluster.tenancy.projects import DEFAULT
+from cluster.tenancy.spend_alerts import Wish
 from deployments.gateway.openai.admin.audit_logs import PUBLISHED
 from deployments.gateway.openai.admin.routes import routes
 from deployments.gateway.tenancy import Tenancy
@@ -30,6 +32,8 @@ ROUTES = sorted(
     for method in route.methods
     if method != "GET"
 )
+SPENDING = {"threshold_amount": 7, "currency": "EUR", "interval": "month"}
+ALERT = SPENDING | {"notification_channel": {"type": "email", "recipients": ["ada@example.org"]}}
 BODIES: dict[str, dict[str, Any]] = {
     "create_project": {"name": "shop"},
     "update_project": {"name": "site"},
@@ -56,6 +60,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "create_invite": {"email": "eve@example.org", "role": "reader", "projects": [{"id": "PROJECT", "role": "member"}]},
     "update_rate_limit": {"max_requests_per_1_minute": 7},
     "update_model_permissions": {"mode": "allow_list", "model_ids": ["echo"]},
+    **dict.fromkeys(["update_spend_limit", "update_project_spend_limit"], SPENDING),
+    **dict.fromkeys(["create_spend_alert", "create_project_spend_alert"], ALERT),
+    **dict.fromkeys(["update_spend_alert", "update_project_spend_alert"], ALERT),
 }
 
 
@@ -84,6 +91,9 @@ class World:
             to.roles.assign(DEFAULT, project, kind, holder, inside)  # type: ignore[arg-type]
         key, _ = to.keys.create(project, "key")
         to.model_permissions.put(project, "deny_list", ["none"])
+        scope = budgets.scope(*(("project", project) if "/projects/" in path else ("organization", DEFAULT)))
+        for kind, name in (("organization", DEFAULT), ("project", project)):
+            to.budgets.set(kind, name, "month", 50_000_000)  # type: ignore[arg-type]
         holders = {"holder_id": user if "/users/" in path else group, "role_id": inside if "/projects/" in path else role}
         return holders | {
             "project_id": project,
@@ -94,6 +104,7 @@ class World:
             "group_id": group,
             "invite_id": to.invites.create(DEFAULT, f"bob{many}@example.org", "owner")[0].id,
             "rate_limit_id": "rl-echo",
+            "alert_id": to.spend_alerts.create(DEFAULT, scope, Wish(1, "month", ("ada@example.org",))).id,
             "guest": guest,
             "empty": empty,
         }

@@ -283,7 +283,7 @@ def test_only_administrators_and_only_projects_that_are_there(limited: Server) -
         for method, path in paths:
             assert user.request(method, f"{PROJECT}/{path}", json=body).status_code == 403
             answer = admin.request(method, f"/v1/organization/projects/nobody/{path}", json=body)
-            assert (answer.status_code, answer.json()["error"]["param"]) == (404, "project_id")
+            assert answer.status_code == 404
 
 
 def test_answers_conform_to_the_published_schemas(limited: Server) -> None:

@@ -22,10 +22,8 @@ import sqlalchemy as sa
 from cluster import log
 from cluster.errors import PlatformError
 from cluster.private_files import Secrets
-from cluster.tenancy.chain import Actor
-from cluster.tenancy.consents import Consent, Consents
+from cluster.tenancy.consents import Consent
 from cluster.tenancy.permissions import INFERENCE
-from cluster.tenancy.redaction import REDACTIONS
 from deployments.gateway.chores import do
 from deployments.gateway.protocols import is_open_inference
 from tests.cluster.conftest import postgres_url  # noqa: F401 - a fixture
@@ -108,9 +106,7 @@ def drive(driven: Driven) -> None:
 
 
 def agreed(gateway: Whole, tenant: Tenant) -> None:
-    assert gateway.tenancy.audit is not None
-    consents = Consents(gateway.store, gateway.tenancy.audit, frozenset(REDACTIONS))
-    consents.put(Actor("system", "test"), Consent(tenant.ids["projects"], 1))
+    gateway.accounts.consents.put(Consent(tenant.ids["projects"], 1))
 
 
 def secret_of(text: str) -> str:

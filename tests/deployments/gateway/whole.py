@@ -23,8 +23,10 @@ from fastapi import FastAPI
 from cluster.settings import GatewaySettings, Settings
 from cluster.store import Store
 from cluster.tenancy.accounts import Accounts
+from cluster.tenancy.chain import Actor
 from cluster.tenancy.permissions import INFERENCE
 from cluster.tenancy.projects import DEFAULT
+from cluster.tenancy.rating import PriceList
 from deployments.gateway.app import build_app
 from deployments.gateway.keys import Verify
 from deployments.gateway.scopes import PUBLIC
@@ -119,6 +121,7 @@ PLAIN: dict[str, Any] = {
     "encoding_format": "float",
     "currency": "USD",
     "recipients": ["ada@example.org"],
+    "interval": "month",
 }
 """What fields mean that a schema can't say."""
 
@@ -222,7 +225,7 @@ class Whole:
     @property
     def accounts(self) -> Accounts:
         assert self.tenancy.accounts is not None
-        return self.tenancy.accounts
+        return self.tenancy.accounts.by(Actor("system", "tests"))
 
     def key(self, operation: Operation, tenant: Tenant) -> str:
         """The tenant's, or the operator's where an operation is about the platform."""
@@ -246,9 +249,11 @@ class Whole:
         invites = next(one for one in OPERATIONS if str(one) == "POST /v1/organization/invites")
         token = made.ask(invites).json()["token"]
         made.ids["users"] = self.accounts.invites.accept(token, "Ada").id
+        made.ids["invoices"] = self.accounts.invoices.issue(organization, "2025-10").id
         for operation in sorted(OPERATIONS, key=lambda one: (len(one.parameters), one.path.count("/"))):
             behind = [other for other in OPERATIONS if re.fullmatch(re.escape(operation.path) + r"/\{\w+\}", other.path)]
-            if operation.method == "POST" and operation.scope != INFERENCE and behind:
+            is_alone = operation.path.endswith("/spend_limit")  # there is one, which no id names
+            if operation.method == "POST" and operation.scope != INFERENCE and (behind or is_alone):
                 made.make(operation)
         return made
 
@@ -269,7 +274,9 @@ def whole(
     tenancy, models = Tenancy.of(store, settings), models or EchoModels()
     assert tenancy.accounts is not None
     app = build_app(models, verify or tenancy.accounts.keys.verify, settings.gateway, tenancy=tenancy)
-    _, operator = tenancy.accounts.keys.create_admin(DEFAULT, "operator", ["admin"])
+    builder = tenancy.accounts.by(Actor("system", "tests"))
+    builder.prices.publish("default", PriceList(currency="USD"))  # the only one that the published document knows
+    _, operator = builder.keys.create_admin(DEFAULT, "operator", ["admin"])
     try:
         with serving(models, app=app, wire=wire) as server:
             yield Whole(app, server, store, settings, tenancy, operator)
