@@ -6,6 +6,7 @@ can be pickled to a Ray actor, compared in a test and read in a log.
 
 from __future__ import annotations
 
+import builtins
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -171,7 +172,7 @@ class TopLogprob:
     """A token that could have been chosen. `bytes` keeps what text can't hold: a token may be half of a character."""
 
     token: str
-    bytes: bytes
+    bytes: builtins.bytes
     logprob: float
 
 
@@ -180,7 +181,7 @@ class TokenLogprob:
     """The chosen token with the most likely ones at its place, best first."""
 
     token: str
-    bytes: bytes
+    bytes: builtins.bytes
     logprob: float
     top: tuple[TopLogprob, ...] = ()
 
