@@ -93,12 +93,13 @@ def test_acts_of_the_command_line_are_in_the_audit_log(capsys: pytest.CaptureFix
     assert run(["keys", "revoke", made["id"]]) == 0
     capsys.readouterr()
     assert run(["audit", "list", "--json"]) == 0
-    revoked, created = json.loads(capsys.readouterr().out)
+    revoked, created, account = json.loads(capsys.readouterr().out)
     assert (created["action"], created["target"], created["project"]) == ("api_key.created", made["id"], "default")
     assert (revoked["action"], revoked["target"], revoked["actor"]["kind"]) == ("api_key.deleted", made["id"], "session")
+    assert account["action"] == "service_account.created"
     assert made["key"] not in (home / "mmaas.db").read_bytes().decode("latin-1")
     assert run(["audit", "verify"]) == 0
-    assert "2 records" in capsys.readouterr().out
+    assert "3 records" in capsys.readouterr().out
 
 
 def test_an_exported_log_is_proved_elsewhere_and_a_changed_one_is_not(

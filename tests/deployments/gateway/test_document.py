@@ -150,7 +150,7 @@ def test_walks_along_links_are_what_the_document_says(gateway: Whole, tally: Cou
 
     run_state_machine_as_test(Walk, settings=settings(SETTINGS, max_examples=3 * EXAMPLES))
     there = [name for name in followed if "{" in name and name.endswith("2xx")]
-    assert len(there) > 3, f"no walk came to objects that other requests made: {followed}"
+    assert len(there) > 1, f"no walk came to objects that other requests made: {followed}"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a fault of ours"), Conflict("a GET has no conflicts")], ids=["fault", "status"])
