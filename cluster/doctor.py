@@ -25,7 +25,7 @@ from cluster.settings import Settings
 
 Status = Literal["ok", "warn", "fail"]
 
-PINS = {"ray": "2.60", "torch": "2.13", "deepspeed": "0.19", "transformers": "5.23", "mlflow": "3.17"}
+PINS = {"ray": "2.60", "torch": "2.13", "deepspeed": "0.19", "transformers": "5.23", "mlflow": "3.17", "scikit-learn": "1.9"}
 """Versions that were tried together (pyproject.toml says the same; a test compares them)."""
 
 _GIB = 1 << 30

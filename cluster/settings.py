@@ -114,8 +114,8 @@ class EngineSettings(_Section):
     max_sequences: int = Field(default=64, ge=1, le=4096)
     """Sequences that run in one step."""
     max_batch_tokens: int = Field(default=256, ge=16, le=1 << 20)
-    """Token budget of one step: what doesn't fit waits for the next, longer prompts enter in chunks. More at once compute no faster on
-    a CPU, and everybody in a step waits for all of it; a GPU wants 2048 or more."""
+    """Token budget of one step: what doesn't fit waits for the next, longer prompts enter in chunks. More at once compute no faster
+    on a CPU, and everybody in a step waits for all of it; a GPU wants 2048 or more."""
     step_target_ms: float = Field(default=150.0, ge=0)
     """What a step should take while prompts enter beside running answers; a prompt's chunk is cut to it. People read about seven
     tokens a second. A large model may take twice its own step, and any twice the target while more wait for their first token than

@@ -26,9 +26,16 @@ def test_an_old_python_fails() -> None:
 
 
 def test_missing_and_other_versions_are_told_apart() -> None:
-    versions = {"ray": "2.60.1", "torch": "2.13.0+cpu", "deepspeed": "0.190", "transformers": None, "mlflow": "3.17.2"}
+    versions = {
+        "ray": "2.60.1",
+        "torch": "2.13.0+cpu",
+        "deepspeed": "0.190",
+        "transformers": None,
+        "mlflow": "3.17.2",
+        "scikit-learn": "1.9.0",
+    }
     found = {check.name.removeprefix("package "): check.status for check in doctor.check_packages(versions.get)}
-    assert found == {"ray": "ok", "torch": "ok", "deepspeed": "warn", "transformers": "fail", "mlflow": "ok"}
+    assert found == {"ray": "ok", "torch": "ok", "deepspeed": "warn", "transformers": "fail", "mlflow": "ok", "scikit-learn": "ok"}
 
 
 def test_a_missing_compiler_explains_what_is_lost() -> None:
