@@ -106,8 +106,8 @@ bench-gpu: $(DEV)  ## one GPU's tokens a second beside its own limits
 soak: $(DEV)  ## 20,000 requests of every kind; nothing may be left of them
 	$(BIN)/python -m bench.soak
 
-fuzz: $(DEV)  ## 200 right and 200 wrong requests to every operation, and walks over several
-	FUZZ_EXAMPLES=200 $(BIN)/python -m pytest tests/deployments/gateway/test_document.py
+fuzz: $(DEV)  ## 200 right and 200 wrong requests to every operation, walks, 300 strings and all foreign ids everywhere
+	FUZZ_EXAMPLES=200 $(BIN)/python -m pytest tests/deployments/gateway/test_document.py tests/deployments/gateway/test_hostile_strings.py tests/deployments/gateway/test_isolation.py
 
 ledger-kills: $(DEV)  ## about a thousand kills of the ledger's writer, nothing may be lost or doubled
 	$(BIN)/python -m bench.ledger_kills
