@@ -13,6 +13,10 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
 from cluster.types import Chunk, Delta, Generate, Message, Sampling, Usage
 
 NAME = "echo"
@@ -43,31 +47,32 @@ def generate(body: dict[str, Any], request_id: str) -> Generate:
     return Generate(request_id, "bench", messages, sampling=Sampling(max_tokens=body.get("max_tokens", 8)))
 
 
+class Bare:
+    """Here and not in a function: Serve would carry it to its replica without the names that FastAPI reads in annotations."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model.options(stream=True)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        app = FastAPI()
+        app.post("/v1/chat/completions")(self.chat)
+        return app
+
+    async def chat(self, request: Request) -> Response:
+        body = await request.json()
+        chunks = self._model.generate.remote(generate(body, "req"))
+        if body.get("stream"):
+            return StreamingResponse(_events(chunks), media_type="text/event-stream")
+        text = "".join([delta.text async for chunk in chunks for delta in chunk.deltas])
+        return JSONResponse(_answer("chat.completion", {"message": {"role": "assistant", "content": text}}, "length"))
+
+
 def bare(handle: Any) -> Any:
     """The Serve application around the model's handle."""
-    from fastapi import FastAPI
     from ray import serve
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse, Response, StreamingResponse
 
-    app = FastAPI()
-
-    @serve.deployment(name="Bare", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=4096)
-    @serve.ingress(app)
-    class Bare:
-        def __init__(self, model: Any) -> None:
-            self._model = model.options(stream=True)
-
-        @app.post("/v1/chat/completions")
-        async def chat(self, request: Request) -> Response:
-            body = await request.json()
-            chunks = self._model.generate.remote(generate(body, "req"))
-            if body.get("stream"):
-                return StreamingResponse(_events(chunks), media_type="text/event-stream")
-            text = "".join([delta.text async for chunk in chunks for delta in chunk.deltas])
-            return JSONResponse(_answer("chat.completion", {"message": {"role": "assistant", "content": text}}, "length"))
-
-    return Bare.bind(handle)
+    deployment = serve.deployment(serve.ingress()(Bare), name="Bare", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=4096)
+    return deployment.bind(handle)
 
 
 async def _events(chunks: Any) -> AsyncGenerator[str, None]:
