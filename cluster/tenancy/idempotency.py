@@ -152,14 +152,15 @@ class Idempotency:
             _add(connection, run.tenant, rows=-gone, bytes_=0)
 
     def renew(self, runs: Iterable[Run]) -> None:
-        """These are still being worked on. As everywhere a tenant's lock comes first, and here it is the only one, so that nobody
-        waits in a ring."""
-        until = self._clock() + LEASE_S
+        """These are still being worked on, and are remembered for a day from now: a run may last longer than that. As everywhere a
+        tenant's lock comes first, and here it is the only one, so that nobody waits in a ring."""
+        now = self._clock()
+        alive = {"lease_until": now + LEASE_S, "expires_at": now + KEEP_S}
         for tenant, own in groupby(sorted(runs, key=lambda run: run.tenant), lambda run: run.tenant):
             with self._store.begin() as connection:
                 self._lock(connection, tenant)
                 for run in own:
-                    connection.execute(idempotency.update().where(*_of(run)).values(lease_until=until))
+                    connection.execute(idempotency.update().where(*_of(run)).values(alive))
 
     def purge(self, most: int = 1000) -> int:
         """Forget keys whose day is over; returns how many."""

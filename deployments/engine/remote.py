@@ -171,8 +171,10 @@ class RemoteEngine:
             raise ReplicaLost(self.lost, retry_after_s=5)
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening and hang up, which ends rank 0's loop."""
         self._server.close()
+        if self._writer:
+            self._writer.close()
 
     def _send(self, command: Command) -> None:
         if self._writer and not self.lost:

@@ -73,8 +73,7 @@ async def pair(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[
     await engine.connected()
     yield engine, shard
     shard.gate.set()
-    if engine._writer:
-        engine._writer.close()
+    engine.close()
     await asyncio.to_thread(thread.join, 10)
     assert not thread.is_alive(), "rank 0 ends when the replica hangs up"
 
