@@ -1,7 +1,7 @@
 """How even the stream of 8 answers stays while a prompt of 4,096 tokens enters beside them: `python -m bench.flatness`.
 
 Chunked prefill trades the newcomer's first token against the others' pauses; the budget of a step sets the rate. Each policy gets
-the same work in the same process: fixed budgets of tokens, and the engine's own, which is one of time (`engine.step_target_ms`).
+the same work in the same process: fixed budgets of tokens, one of time (`engine.step_target_ms`), and both, the engine's default.
 """
 
 from __future__ import annotations
@@ -93,10 +93,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def policies(prompt_tokens: int, decoders: int, target_s: float) -> dict[str, Policy]:
-    """Chunks of so many tokens, and the engine's own, which may take the whole prompt."""
-    whole = prompt_tokens + decoders
+    """Chunks of so many tokens; of so much time, which may take the whole prompt; and both, as the engine does by default."""
+    whole, default = prompt_tokens + decoders, EngineSettings()
     fixed: dict[str, Policy] = {f"{budget} tokens": Chunking(budget, 0) for budget in (64, 256, 1024)}
-    return fixed | {"whole prompt": Chunking(whole, 0), f"within {target_s * 1e3:.0f} ms": Chunking(whole, target_s)}
+    fixed["whole prompt"] = Chunking(whole, 0)
+    fixed[f"within {target_s * 1e3:.0f} ms"] = Chunking(whole, target_s)
+    return fixed | {"default": Chunking(default.max_batch_tokens, default.step_target_ms / 1e3)}
 
 
 @dataclass(frozen=True)
@@ -232,9 +234,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.flatness", description=__doc__)
     parser.add_argument("--models", nargs="+", default=["S"], choices=list(models.MODELS))
     parser.add_argument("--prompt-tokens", type=int, default=4096)
-    parser.add_argument(
-        "--target-ms", type=float, default=EngineSettings().step_target_ms, help="of a step, for the engine's own policy"
-    )
+    parser.add_argument("--target-ms", type=float, default=150.0, help="of a step, for the policy that goes by time alone")
     parser.add_argument("--dry-run", action="store_true", help="show the table and write nothing")
     return parser.parse_args(argv)
 

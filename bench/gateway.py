@@ -1,7 +1,8 @@
 """What a gateway adds to a request: `python -m bench.gateway`. Ours and LiteLLM's proxy, each less bare FastAPI on Ray Serve.
 
-All three stand before one echo model, in one run, and take turns: requests when they are due (`openloop.py`, a connection each), at
-some rates; then slow streams, all at once. What a gateway adds is its percentile less the bare application's.
+All three stand before one echo model, in one run, and take turns: requests when they are due (`openloop.py`), at some rates, over
+connections that stay open as those of the official clients; then slow streams, all at once. What a gateway adds is its percentile
+less the bare application's.
 """
 
 from __future__ import annotations
@@ -133,12 +134,13 @@ def _sent(entrance: Entrance, at: Sequence[float], body: Mapping[str, Any], pati
 def send() -> None:
     """The process that sends: reads its work, writes what came of it."""
     work = json.load(sys.stdin)
-    request = openloop.request_bytes(work["host"], work["headers"], work["body"])
+    keep = not work["body"]["stream"]
+    request = openloop.request_bytes(work["host"], work["headers"], work["body"], keep=keep)
     request = request.replace(b"POST /v1/completions ", f"POST {work['path']} ".encode(), 1)
     gc.freeze()
     gc.disable()
     requests = [(at_s, request) for at_s in work["at_s"]]
-    exchanges = asyncio.run(openloop.send_all(work["host"], work["port"], requests, work["patience_s"]))
+    exchanges = asyncio.run(openloop.send_all(work["host"], work["port"], requests, work["patience_s"], keep=keep))
     late_s = max((exchange.sent - exchange.due for exchange in exchanges if exchange.sent), default=0.0)
     read = streamed if work["body"]["stream"] else plain
     print(json.dumps({"exchanges": [read(exchange) for exchange in exchanges], "late_s": late_s}))

@@ -23,6 +23,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import httptools
+
 LEAD_S = 0.2
 """Before the first request is due, so that the loop is running by then."""
 
@@ -53,29 +55,77 @@ class Exchange(asyncio.Protocol):
         self.closed.set()
 
 
-async def send_all(host: str, port: int, requests: Sequence[tuple[float, bytes]], patience_s: float) -> list[Exchange]:
-    """Each at its time in seconds from now. Those not answered `patience_s` after the last one was due are given up."""
-    start = time.perf_counter() + LEAD_S
+class Kept(asyncio.Protocol):
+    """A connection for one request after another: it lies among `idle` while it has none. Only looks where an answer ends."""
+
+    def __init__(self, idle: list[Kept]) -> None:
+        self._idle = idle
+        self._exchange: Exchange | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def ask(self, exchange: Exchange) -> None:
+        self._exchange, self._parser = exchange, httptools.HttpResponseParser(self)
+        self._transport.write(exchange.request)
+
+    def data_received(self, data: bytes) -> None:
+        if self._exchange is not None:
+            self._exchange.pieces.append((time.perf_counter(), data))
+            self._parser.feed_data(data)
+
+    def on_message_complete(self) -> None:
+        """Called by the parser."""
+        assert self._exchange is not None
+        if self._parser.should_keep_alive():
+            self._idle.append(self)
+        self._exchange.closed.set()
+        self._exchange = None
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self in self._idle:
+            self._idle.remove(self)
+        if self._exchange is not None:
+            self._exchange.failure = str(error or "the connection was closed")
+            self._exchange.closed.set()
+
+
+async def send_all(
+    host: str, port: int, requests: Sequence[tuple[float, bytes]], patience_s: float, *, keep: bool = False
+) -> list[Exchange]:
+    """Each at its time in seconds from now. Those not answered `patience_s` after the last one was due are given up.
+
+    `keep`: over connections that stay open for the next request, as official clients have them; the requests must allow it.
+    """
+    start, idle = time.perf_counter() + LEAD_S, list[Kept]()
     exchanges = [Exchange(request, start + at_s) for at_s, request in requests]
     with suppress(TimeoutError):
         async with asyncio.timeout(LEAD_S + requests[-1][0] + patience_s):
-            await asyncio.gather(*(_send(host, port, exchange) for exchange in exchanges))
+            await asyncio.gather(*(_send(host, port, exchange, idle if keep else None) for exchange in exchanges))
     return exchanges
 
 
-async def _send(host: str, port: int, exchange: Exchange) -> None:
+async def _send(host: str, port: int, exchange: Exchange, idle: list[Kept] | None) -> None:
     await asyncio.sleep(exchange.due - time.perf_counter())
     exchange.sent = time.perf_counter()
     try:
-        await asyncio.get_running_loop().create_connection(lambda: exchange, host, port)
+        if idle is None:
+            await asyncio.get_running_loop().create_connection(lambda: exchange, host, port)
+        elif idle:
+            idle.pop().ask(exchange)
+        else:
+            _, connection = await asyncio.get_running_loop().create_connection(lambda: Kept(idle), host, port)
+            connection.ask(exchange)
         await exchange.closed.wait()
     except OSError as error:
         exchange.failure = str(error)
 
 
-def request_bytes(host: str, headers: Mapping[str, str], body: Mapping[str, Any]) -> bytes:
+def request_bytes(host: str, headers: Mapping[str, str], body: Mapping[str, Any], *, keep: bool = False) -> bytes:
     content = json.dumps(body).encode()
-    lines = ["POST /v1/completions HTTP/1.1", f"Host: {host}", "Content-Type: application/json", "Connection: close"]
+    lines = ["POST /v1/completions HTTP/1.1", f"Host: {host}", "Content-Type: application/json"]
+    lines += [] if keep else ["Connection: close"]
     lines += [f"{name}: {value}" for name, value in headers.items()] + [f"Content-Length: {len(content)}"]
     return "\r\n".join([*lines, "", ""]).encode() + content
 

@@ -107,14 +107,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(engine: LocalEngine, work: Work, vocab_size: int, rounds: int) -> Measurement:
-    """Rounds without and with guessing in turns, so that a slow minute of the machine meets both. What a round has taught about
-    prices the next one knows, as in service."""
+    """Rounds without and with guessing in turns, each first in every other, so that a slow minute of the machine meets both. What a
+    round has taught about prices the next one knows, as in service."""
     prompts, speculation = work.prompts(vocab_size), Speculation(EngineSettings().speculation)
     plain, guessing = [], []
     _answer(engine, work, prompts[: work.concurrency], None)
-    for _ in range(rounds):
-        plain.append(_answer(engine, work, prompts, None))
-        guessing.append(_answer(engine, work, prompts, speculation))
+    for number in range(rounds):
+        turns = [(plain, None), (guessing, speculation)]
+        for rounds_of, policy in turns if number % 2 == 0 else reversed(turns):
+            rounds_of.append(_answer(engine, work, prompts, policy))
     return Measurement(
         work.text,
         work.concurrency,

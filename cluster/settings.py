@@ -117,9 +117,10 @@ class EngineSettings(_Section):
     """Token budget of one step: what doesn't fit waits for the next, longer prompts enter in chunks. More at once compute no faster
     on a CPU, and everybody in a step waits for all of it; a GPU wants 2048 or more."""
     step_target_ms: float = Field(default=400.0, ge=0)
-    """What a step should take while prompts enter beside running answers; a prompt's chunk is cut to it. Less keeps answers more even,
-    more lets first words come sooner where a step of `max_batch_tokens` takes longer than this. A large model may take twice its own step, and any twice the target while more wait for their first token than
-    read. 0: chunks are cut by `max_batch_tokens` alone."""
+    """What a step should take while prompts enter beside running answers; a prompt's chunk is cut to it. Less keeps answers more
+    even, more lets first words come sooner where a step of `max_batch_tokens` takes longer than this. A large model may take twice
+    its own step, and any twice the target while more wait for their first token than read. 0: chunks are cut by `max_batch_tokens`
+    alone."""
     max_queued: int = Field(default=128, ge=0, le=100_000)
     """Requests that may wait in one replica beyond the running ones; more get 503 with Retry-After."""
     stream_interval_s: float = Field(default=0.02, ge=0, le=1)

@@ -45,6 +45,10 @@ balances = Table(
 )
 
 
+_ALL = sa.select(budgets).order_by(budgets.c.scope, budgets.c.period)
+_OF_SCOPES = _ALL.where(budgets.c.scope.in_(sa.bindparam("scopes", expanding=True)))
+
+
 def scope(kind: Kind, name: str) -> str:
     return f"{kind}:{name}"
 
@@ -141,7 +145,6 @@ def place(connection: Connection, of: str) -> tuple[str, str | None]:
 
 
 def read(connection: Connection, scopes: Sequence[str] | None = None) -> list[Budget]:
-    query = sa.select(budgets).order_by(budgets.c.scope, budgets.c.period)
-    if scopes is not None:
-        query = query.where(budgets.c.scope.in_(scopes))
-    return [Budget(row.scope, row.period, row.micro) for row in connection.execute(query)]
+    """Of these scopes, or all."""
+    rows = connection.execute(_ALL) if scopes is None else connection.execute(_OF_SCOPES, {"scopes": list(scopes)})
+    return [Budget(row.scope, row.period, row.micro) for row in rows]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -113,6 +114,36 @@ counters = Table(
 )
 
 _HOLD = [field.name for field in fields(Hold) if field.name != "metered"]
+_ENTRY = [field.name for field in fields(Entry)]
+_BALANCE = [field.name for field in fields(Balance)]
+
+# Put together once: that takes several times as long as running them.
+_IDS: sa.BindParameter[str] = sa.bindparam("ids", expanding=True)
+_SCOPES: sa.BindParameter[str] = sa.bindparam("scopes", expanding=True)
+_LOCKED = (
+    sa.select(*[balances.c[name] for name in _BALANCE])
+    .where(balances.c.scope.in_(_SCOPES))
+    .order_by(balances.c.scope)
+    .with_for_update()
+)
+_OPEN = sa.select(holds).where(holds.c.request_id.in_(_IDS))
+_CLOSED = sa.select(usage_records.c.request_id, usage_records.c.amount).where(usage_records.c.request_id.in_(_IDS))
+_COUNTED = sa.select(counters).where(
+    counters.c.organization.in_(sa.bindparam("organizations", expanding=True)),
+    counters.c.label.in_(sa.bindparam("labels", expanding=True)),
+)
+_POST, _ENTER, _USE, _HOLD_NEW = postings.insert(), entries.insert(), usage_records.insert(), holds.insert()
+_LET_GO = holds.delete().where(holds.c.request_id.in_(_IDS))
+
+
+def _update(table: Table, key: str, names: Iterable[str]) -> sa.Update:
+    """Of many rows; the names of its parameters begin with `b_`, as SQLAlchemy keeps the columns' own for itself."""
+    values: dict[str, Any] = {name: sa.bindparam(f"b_{name}") for name in names}
+    return table.update().where(table.c[key] == sa.bindparam(f"b_{key}")).values(values)
+
+
+_MOVE_HOLD = _update(holds, "request_id", METERS)
+_MOVE_BALANCE = _update(balances, "scope", [name for name in _BALANCE if name != "scope"])
 
 
 def metered_of(row: Any) -> Metered:
@@ -124,19 +155,22 @@ def hold_of(row: Any) -> Hold:
 
 
 def hold_row(hold: Hold) -> dict[str, Any]:
-    return {name: getattr(hold, name) for name in _HOLD} | asdict(hold.metered)
+    return _row(hold, _HOLD) | _row(hold.metered, METERS)
+
+
+def _row(of: object, names: Iterable[str], prefix: str = "") -> dict[str, Any]:
+    """`dataclasses.asdict` copies every value, deeply."""
+    return {prefix + name: getattr(of, name) for name in names}
 
 
 def scopes_of(connection: Connection, request_ids: Collection[str]) -> dict[str, tuple[str, str, str]]:
     """The scopes of open reservations, without a lock: these never change while a reservation lives."""
-    query = sa.select(holds).where(holds.c.request_id.in_(sorted(request_ids)))
-    return {row.request_id: hold_of(row).scopes for row in connection.execute(query)}
+    return {row.request_id: hold_of(row).scopes for row in connection.execute(_OPEN, {"ids": sorted(request_ids)})}
 
 
 def lock(connection: Connection, scopes: Collection[str]) -> dict[str, Balance]:
     """These balances, nobody else's until the transaction ends. In one order everywhere, so that nobody waits in a circle."""
-    rows = connection.execute(sa.select(balances).where(balances.c.scope.in_(scopes)).order_by(balances.c.scope).with_for_update())
-    return {row.scope: Balance(**row._mapping) for row in rows}
+    return {row.scope: Balance(*row) for row in connection.execute(_LOCKED, {"scopes": sorted(scopes)})}
 
 
 def create(connection: Connection, scopes: Collection[str]) -> None:
@@ -151,15 +185,21 @@ def create(connection: Connection, scopes: Collection[str]) -> None:
 
 
 def load(
-    connection: Connection, prices: Prices, found: dict[str, Balance], request_ids: Collection[str], now: float, owner: str
+    connection: Connection,
+    prices: Prices,
+    found: dict[str, Balance],
+    known: Collection[str],
+    now: float,
+    owner: str,
+    *,
+    settles: bool,
 ) -> Books:
-    """All that operations on these requests can need, once the balances are locked."""
-    ids = sorted(request_ids)
+    """All that operations can need, once the balances are locked. `known`: requests that were reserved before; that a new one is
+    new, the tables make sure. `settles`: whether anything is charged."""
+    ids = sorted(known)
     organizations = [name.partition(":")[2] for name in found if name.startswith("organization:")]
-    rows = map(hold_of, connection.execute(sa.select(holds).where(holds.c.request_id.in_(ids))))
+    rows = map(hold_of, connection.execute(_OPEN, {"ids": ids}) if ids else ())
     open_now = {hold.request_id: hold for hold in rows if found.keys() >= set(hold.scopes)}
-    c = usage_records.c
-    closed = {row[0]: row[1] for row in connection.execute(sa.select(c.request_id, c.amount).where(c.request_id.in_(ids)))}
     changes = prices.changes(connection, organizations)
     times = {name: max(now, found[scope("organization", name)].booked_at) for name in organizations}
     versions = {hold.price for hold in open_now.values()} | {changes.version_at(name, at) for name, at in times.items()}
@@ -169,12 +209,16 @@ def load(
         balances=found,
         budgets=_by_scope(limits.read(connection, sorted(found))),
         holds=open_now,
-        closed=closed,
+        closed=_closed(connection, [request_id for request_id in ids if request_id not in open_now]),
         orphans=frozenset(),
         changes=changes,
         prices=prices.bodies(connection, versions),
-        counters=_counters(connection, organizations, times.values()),
+        counters=_counters(connection, organizations, times.values()) if settles else {},
     )
+
+
+def _closed(connection: Connection, ids: Sequence[str]) -> dict[str, int]:
+    return {row.request_id: row.amount for row in connection.execute(_CLOSED, {"ids": ids})} if ids else {}
 
 
 def renew(connection: Connection, owner: str) -> None:
@@ -210,9 +254,8 @@ def _by_scope(found: Iterable[Budget]) -> dict[str, list[Budget]]:
 
 def _counters(connection: Connection, organizations: Sequence[str], times: Iterable[float]) -> dict[str, dict[Counter, int]]:
     labels = {label for at in times for label in (periods.day_of(at), periods.month_of(at))}
-    query = sa.select(counters).where(counters.c.organization.in_(organizations), counters.c.label.in_(sorted(labels)))
     loaded: dict[str, dict[Counter, int]] = {}
-    for row in connection.execute(query):
+    for row in connection.execute(_COUNTED, {"organizations": organizations, "labels": sorted(labels)}):
         loaded.setdefault(row.organization, {})[row.charge, row.label] = row.quantity
     return loaded
 
@@ -221,7 +264,7 @@ def write(connection: Connection, books: Books, before: dict[str, Hold]) -> None
     """Everything that changed since `load`; `before`: the holds as they were then."""
     append(connection, books.postings)
     if books.used:
-        connection.execute(usage_records.insert(), [_used_row(used) for used in books.used])
+        connection.execute(_USE, [_used_row(used) for used in books.used])
     _write_holds(connection, books.holds, before)
     save(connection, [books.balances[name] for name in sorted(books.touched)])
     _write_counters(connection, books)
@@ -231,39 +274,34 @@ def append(connection: Connection, made: Sequence[Posting]) -> None:
     if not made:
         return
     names = ("organization", "seq", "subject", "kind", "project", "booked_at")
-    rows = [{name: getattr(posting, name) for name in names} | {"day": periods.day_of(posting.booked_at)} for posting in made]
-    connection.execute(postings.insert(), rows)
+    connection.execute(_POST, [_row(posting, names) | {"day": periods.day_of(posting.booked_at)} for posting in made])
     lines = [
-        {"organization": posting.organization, "seq": posting.seq, "line": line} | asdict(entry)
+        {"organization": posting.organization, "seq": posting.seq, "line": line} | _row(entry, _ENTRY)
         for posting in made
         for line, entry in enumerate(posting.entries)
     ]
     if lines:
-        connection.execute(entries.insert(), lines)
+        connection.execute(_ENTER, lines)
 
 
 def save(connection: Connection, changed: Sequence[Balance]) -> None:
     if changed:
-        values: dict[str, Any] = {column.name: sa.bindparam(f"b_{column.name}") for column in balances.c if column.name != "scope"}
-        statement = balances.update().where(balances.c.scope == sa.bindparam("b_scope")).values(values)
-        connection.execute(statement, [{f"b_{name}": value for name, value in asdict(each).items()} for each in changed])
+        connection.execute(_MOVE_BALANCE, [_row(each, _BALANCE, "b_") for each in changed])
 
 
 def _used_row(used: Used) -> dict[str, Any]:
     names = ("request_id", "organization", "project", "key_id", "model", "price", "opened_at", "operation")
-    own = {name: getattr(used, name) for name in ("seq", "outcome", "booked_at", "amount")}
-    return {name: getattr(used.hold, name) for name in names} | own | asdict(used.metered)
+    own = ("seq", "outcome", "booked_at", "amount")
+    return _row(used.hold, names) | _row(used, own) | _row(used.metered, METERS)
 
 
 def _write_holds(connection: Connection, after: dict[str, Hold], before: dict[str, Hold]) -> None:
     if gone := [request_id for request_id in before if request_id not in after]:
-        connection.execute(holds.delete().where(holds.c.request_id.in_(gone)))
+        connection.execute(_LET_GO, {"ids": gone})
     if new := [hold_row(hold) for request_id, hold in after.items() if request_id not in before]:
-        connection.execute(holds.insert(), new)
+        connection.execute(_HOLD_NEW, new)
     if moved := [hold for request_id, hold in after.items() if request_id in before and hold != before[request_id]]:
-        values: dict[str, Any] = {name: sa.bindparam(f"b_{name}") for name in METERS}
-        statement = holds.update().where(holds.c.request_id == sa.bindparam("b_request_id")).values(values)
-        connection.execute(statement, [{f"b_{name}": value for name, value in hold_row(hold).items()} for hold in moved])
+        connection.execute(_MOVE_HOLD, [{"b_request_id": hold.request_id} | _row(hold.metered, METERS, "b_") for hold in moved])
 
 
 def _write_counters(connection: Connection, books: Books) -> None:
@@ -273,13 +311,18 @@ def _write_counters(connection: Connection, books: Books) -> None:
     ]
     if not rows:
         return
-    if connection.dialect.name == "postgresql":
+    connection.execute(_set_counters(connection.dialect.name), rows)
+
+
+@cache
+def _set_counters(dialect: str) -> sa.Insert:
+    if dialect == "postgresql":
         from sqlalchemy.dialects.postgresql import insert
     else:
         from sqlalchemy.dialects.sqlite import insert  # type: ignore[assignment]
     statement = insert(counters)
     key = [counters.c.organization, counters.c.charge, counters.c.label]
-    connection.execute(statement.on_conflict_do_update(index_elements=key, set_={"quantity": statement.excluded.quantity}), rows)
+    return statement.on_conflict_do_update(index_elements=key, set_={"quantity": statement.excluded.quantity})
 
 
 @dataclass(frozen=True, slots=True)

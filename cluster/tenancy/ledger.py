@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 Result = Settled | PlatformError | None
 
+Scopes = tuple[str, str, str]
+"""An organization, its project and the key."""
+
 _REAPED_AT_ONCE = 100
 
 
@@ -52,6 +55,7 @@ class Ledger:
         self.owner = owner or secrets.token_hex(8)
         self.prices = Prices(store, clock)
         self._known = set[str]()  # scopes that have a balance
+        self._reserved = dict[str, Scopes]()  # of open requests that were reserved here; they never change
         self._renewed_at = float("-inf")  # monotonic
         self._heard = dict[str, tuple[int, float]]()  # of owners: the last beat, and since when it is the last (monotonic)
         self._silent = dict[str, int]()  # of those who gave no sign for a whole lease: their last beat
@@ -143,9 +147,11 @@ class Ledger:
         self._create_balances(operations)
         due = self._monotonic() - self._renewed_at > self.lease_s / 3
         renews = due and any(isinstance(operation, Reserve) for operation in operations)
+        known = _known(operations)
         with self._store.begin() as connection:
-            ids = {operation.request_id for operation in operations}
-            books = journal.load(connection, self.prices, self._locked(connection, operations, ids), ids, now, self.owner)
+            locked = self._locked(connection, operations, known)
+            settles = any(isinstance(operation, Settle | Reap) for operation in operations)
+            books = journal.load(connection, self.prices, locked, known, now, self.owner, settles=settles)
             if reaped := [operation.request_id for operation in operations if isinstance(operation, Reap)]:
                 found = journal.orphans(connection, self._silent, now - self.longest_s, len(reaped), among=reaped)
                 books.orphans = frozenset(found)
@@ -159,7 +165,15 @@ class Ledger:
                 journal.renew(connection, self.owner)
         if renews:
             self._renewed_at = self._monotonic()
+        self._remember(operations, results)
         return results
+
+    def _remember(self, operations: Sequence[Operation], results: Sequence[Result]) -> None:
+        for operation, result in zip(operations, results, strict=True):
+            if isinstance(operation, Reserve) and result is None:
+                self._reserved[operation.request_id] = scopes_of(operation)
+            elif isinstance(operation, Settle | Reap):
+                self._reserved.pop(operation.request_id, None)
 
     def _create_balances(self, operations: Sequence[Operation]) -> None:
         """In a transaction of its own: rows that are made while others are locked could make two writers wait for each other."""
@@ -169,11 +183,13 @@ class Ledger:
                 journal.create(connection, missing)
             self._known |= missing
 
-    def _locked(self, connection: sa.Connection, operations: Sequence[Operation], ids: set[str]) -> dict[str, Balance]:
-        known = ids - {operation.request_id for operation in operations if isinstance(operation, Reserve)}
-        wanted = {name for scopes in journal.scopes_of(connection, known).values() for name in scopes} if known else set()
-        wanted |= {name for operation in operations if isinstance(operation, Reserve) for name in scopes_of(operation)}
-        return journal.lock(connection, wanted)
+    def _locked(self, connection: sa.Connection, operations: Sequence[Operation], known: set[str]) -> dict[str, Balance]:
+        scopes = [scopes_of(operation) for operation in operations if isinstance(operation, Reserve)]
+        own = {request_id: found for request_id in known if (found := self._reserved.get(request_id))}
+        scopes += own.values()
+        if others := known - own.keys():
+            scopes += journal.scopes_of(connection, others).values()
+        return journal.lock(connection, {name for each in scopes for name in each})
 
     def _orphans(self, now: float) -> list[str]:
         with self._store.read() as connection:
@@ -186,8 +202,14 @@ def reservation(
     return Reserve(request_id, principal.organization, principal.tenant, principal.key_id, model, worst, operation)
 
 
-def scopes_of(asked: Reserve) -> tuple[str, str, str]:
+def scopes_of(asked: Reserve) -> Scopes:
     return scope("organization", asked.organization), scope("project", asked.project), scope("key", asked.key_id)
+
+
+def _known(operations: Sequence[Operation]) -> set[str]:
+    """Requests that must have been reserved before these operations."""
+    new = {operation.request_id for operation in operations if isinstance(operation, Reserve)}
+    return {operation.request_id for operation in operations} - new
 
 
 def _attempt(books: Books, operation: Operation) -> Result:

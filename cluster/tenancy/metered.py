@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Literal
 
 from cluster.types import Usage
@@ -37,6 +38,9 @@ METERS: dict[str, Meter] = {
 }
 
 
+_quantities = attrgetter(*METERS)  # `dataclasses.astuple` copies every value, deeply
+
+
 @dataclass(frozen=True, slots=True)
 class Metered:
     """One field for each of `METERS`. Input tokens that the prefix cache gave are `cached_tokens` and not `input_tokens`; those of
@@ -52,7 +56,7 @@ class Metered:
     traded_volume: int = 0
 
     def __post_init__(self) -> None:
-        if any(type(quantity) is not int or quantity < 0 for quantity in astuple(self)):
+        if any(type(quantity) is not int or quantity < 0 for quantity in _quantities(self)):
             raise ValueError(f"quantities are whole numbers from 0 on: {self}")
 
     @classmethod
@@ -78,7 +82,7 @@ class Metered:
 
     def at_least(self, other: Metered) -> Metered:
         """The greater of each: progress never goes back, however reports overtake each other."""
-        return Metered(*map(max, astuple(self), astuple(other)))
+        return Metered(*map(max, _quantities(self), _quantities(other)))
 
 
 def billable(metered: Metered, outcome: Outcome) -> Metered:

@@ -68,6 +68,17 @@ class Changes:
         return next((id for id, of, since in reversed(self.versions) if of == plan and since <= at), 0)
 
 
+# Every request reads these: they are put together once.
+_VERSIONS = sa.select(price_versions.c.id, price_versions.c.plan, price_versions.c.effective_at).order_by(
+    price_versions.c.effective_at, price_versions.c.id
+)
+_PLANS = (
+    sa.select(plan_changes.c.organization, plan_changes.c.plan, plan_changes.c.effective_at)
+    .where(plan_changes.c.organization.in_(sa.bindparam("organizations", expanding=True)))
+    .order_by(plan_changes.c.effective_at, plan_changes.c.id)
+)
+
+
 class Prices:
     """The plans in the store."""
 
@@ -128,10 +139,8 @@ class Prices:
 
     def changes(self, connection: Connection, organizations: Iterable[str]) -> Changes:
         """Read inside the caller's transaction what version is in force when."""
-        c, p = price_versions.c, plan_changes.c
-        versions = connection.execute(sa.select(c.id, c.plan, c.effective_at).order_by(c.effective_at, c.id)).all()
-        of = sa.select(p.organization, p.plan, p.effective_at).where(p.organization.in_(sorted(organizations)))
-        plans = connection.execute(of.order_by(p.effective_at, p.id)).all()
+        versions = connection.execute(_VERSIONS)
+        plans = connection.execute(_PLANS, {"organizations": sorted(organizations)})
         return Changes(
             tuple((v.id, v.plan, v.effective_at) for v in versions), tuple((o.organization, o.plan, o.effective_at) for o in plans)
         )

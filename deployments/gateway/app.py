@@ -169,6 +169,7 @@ def build_app(
         redirect_slashes=False,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # FastAPI's own; even idle it looks for it in every call
         exception_handlers={HTTPException: _refused, RequestValidationError: _invalid},
         middleware=middleware.pipeline(
             gate=shared.gate,

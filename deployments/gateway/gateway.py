@@ -5,6 +5,7 @@ The only module here that touches Serve. Parts are made inside the replica: a da
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -53,6 +54,8 @@ class Gateway:
         models, verify, tenancy = parts(settings)
         self._app = build_app(models, verify, settings.gateway, tenancy=tenancy)
         self._chores = Chores(tenancy.chores), Chores(tenancy.pulse)
+        gc.collect()
+        gc.freeze()  # the hundreds of thousands of objects of Ray and the routes live as long as we do: look at what is new alone
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor: what it serves over HTTP."""

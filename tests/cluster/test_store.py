@@ -84,7 +84,7 @@ def test_exception_rolls_back(store: Store) -> None:
 def test_sqlite_runs_with_a_rollback_journal_and_extra_synchronous(store: Store) -> None:
     if store.engine.dialect.name != "sqlite":
         pytest.skip("SQLite only")
-    wanted = {"journal_mode": "delete", "synchronous": 3, "foreign_keys": 1, "busy_timeout": 10000}
+    wanted = {"journal_mode": "persist", "synchronous": 3, "foreign_keys": 1, "busy_timeout": 10000}
     with store.read() as connection:
         assert {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in wanted} == wanted
 

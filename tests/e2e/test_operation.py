@@ -84,6 +84,7 @@ def test_model_that_cannot_be_sharded_so_is_refused_before_anything_starts(platf
     assert names == [MODEL], "a refused wish is not kept"
 
 
+@pytest.mark.slow
 def test_new_version_takes_over_without_cutting_a_stream(platform: RunningPlatform) -> None:
     old = {process.pid for process in platform.shards()}
     directory = directory_of_model(platform)
@@ -139,6 +140,7 @@ def test_killed_shard_ends_its_streams_with_an_error_and_the_group_comes_back(pl
     assert len(platform.shards()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.chaos
 def test_stopped_shard_is_taken_for_lost_and_replaced(platform: RunningPlatform) -> None:
     """SIGSTOP: the process lives, its sockets are open, and only the progress clock can tell."""

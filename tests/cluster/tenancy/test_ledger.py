@@ -13,7 +13,7 @@ from cluster.tenancy import journal
 from cluster.tenancy.books import Operation, Progress, Reserve, Settle, Settled
 from cluster.tenancy.budgets import Budgets
 from cluster.tenancy.group_commit import GroupCommit
-from cluster.tenancy.ledger import Ledger, Result
+from cluster.tenancy.ledger import Ledger, Result, reservation
 from cluster.tenancy.metered import Metered
 from cluster.tenancy.reconcile import problems
 from cluster.types import Usage
@@ -276,3 +276,11 @@ def test_after_a_failed_write_nothing_is_booked_any_more(priced: Ledger, monkeyp
             priced.reserve(caller(), "r1", "chat", 10)
     with pytest.raises(LedgerUnavailable, match="stopped"):
         priced.reserve(caller(), "r2", "chat", 10)
+
+
+def test_a_known_request_in_a_group_is_refused_alone(priced: Ledger, either_store: Store) -> None:
+    priced.reserve(caller(), "r1", "chat", 1000)
+    results = priced.apply([reservation(caller(), name, "chat", 1000) for name in ("r0", "r1", "r2")])
+    assert [type(result) for result in results] == [type(None), Conflict, type(None)]
+    assert {priced.settle(name, Usage(10, 1), "finished").first for name in ("r0", "r1", "r2")} == {True}
+    assert problems(either_store) == []
