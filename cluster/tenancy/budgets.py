@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import BigInteger, Column, Connection, Float, Integer, String, Table
 
 from cluster.errors import InvalidRequest
+from cluster.prepared import Prepared
 from cluster.store import Store, metadata
 from cluster.tenancy import acts, money, periods, projects
 from cluster.tenancy.acts import Note, unnoted
@@ -45,8 +46,9 @@ balances = Table(
 )
 
 
-_ALL = sa.select(budgets).order_by(budgets.c.scope, budgets.c.period)
-_OF_SCOPES = _ALL.where(budgets.c.scope.in_(sa.bindparam("scopes", expanding=True)))
+_BY_SCOPE = sa.select(budgets.c.scope, budgets.c.period, budgets.c.micro).order_by(budgets.c.scope, budgets.c.period)
+_ALL = Prepared(_BY_SCOPE)
+_OF_SCOPES = Prepared(_BY_SCOPE.where(budgets.c.scope.in_(sa.bindparam("scopes", expanding=True))), "scopes")
 
 
 def scope(kind: Kind, name: str) -> str:
@@ -146,5 +148,6 @@ def place(connection: Connection, of: str) -> tuple[str, str | None]:
 
 def read(connection: Connection, scopes: Sequence[str] | None = None) -> list[Budget]:
     """Of these scopes, or all."""
-    rows = connection.execute(_ALL) if scopes is None else connection.execute(_OF_SCOPES, {"scopes": list(scopes)})
-    return [Budget(row.scope, row.period, row.micro) for row in rows]
+    if scopes is None:
+        return [Budget(*row) for row in _ALL.rows(connection)]
+    return [Budget(*row) for row in _OF_SCOPES.rows(connection, scopes=scopes)] if scopes else []

@@ -15,6 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import BigInteger, Column, Connection, Float, ForeignKeyConstraint, Integer, String, Table, UniqueConstraint
 
+from cluster.prepared import Prepared, Row
 from cluster.store import Store, metadata
 from cluster.tenancy import budgets as limits
 from cluster.tenancy import periods
@@ -117,31 +118,36 @@ _HOLD = [field.name for field in fields(Hold) if field.name != "metered"]
 _ENTRY = [field.name for field in fields(Entry)]
 _BALANCE = [field.name for field in fields(Balance)]
 
-# Put together once: that takes several times as long as running them.
+_STATE = [*_HOLD, *METERS]
+
+
+def _update(table: Table, key: str, names: Iterable[str]) -> Prepared:
+    """The names of its parameters begin with `b_`, as SQLAlchemy keeps the columns' own for itself."""
+    values: dict[str, Any] = {name: sa.bindparam(f"b_{name}") for name in names}
+    return Prepared(table.update().where(table.c[key] == sa.bindparam(f"b_{key}")).values(values))
+
+
 _IDS: sa.BindParameter[str] = sa.bindparam("ids", expanding=True)
 _SCOPES: sa.BindParameter[str] = sa.bindparam("scopes", expanding=True)
-_LOCKED = (
+_LOCKED = Prepared(
     sa.select(*[balances.c[name] for name in _BALANCE])
     .where(balances.c.scope.in_(_SCOPES))
     .order_by(balances.c.scope)
-    .with_for_update()
+    .with_for_update(),
+    "scopes",
 )
-_OPEN = sa.select(holds).where(holds.c.request_id.in_(_IDS))
-_CLOSED = sa.select(usage_records.c.request_id, usage_records.c.amount).where(usage_records.c.request_id.in_(_IDS))
-_COUNTED = sa.select(counters).where(
-    counters.c.organization.in_(sa.bindparam("organizations", expanding=True)),
-    counters.c.label.in_(sa.bindparam("labels", expanding=True)),
+_OPEN = Prepared(sa.select(*[holds.c[name] for name in _STATE]).where(holds.c.request_id.in_(_IDS)), "ids")
+_CLOSED = Prepared(sa.select(usage_records.c.request_id, usage_records.c.amount).where(usage_records.c.request_id.in_(_IDS)), "ids")
+_COUNTED = Prepared(
+    sa.select(counters.c.organization, counters.c.charge, counters.c.label, counters.c.quantity).where(
+        counters.c.organization.in_(sa.bindparam("organizations", expanding=True)),
+        counters.c.label.in_(sa.bindparam("labels", expanding=True)),
+    ),
+    "organizations",
+    "labels",
 )
-_POST, _ENTER, _USE, _HOLD_NEW = postings.insert(), entries.insert(), usage_records.insert(), holds.insert()
-_LET_GO = holds.delete().where(holds.c.request_id.in_(_IDS))
-
-
-def _update(table: Table, key: str, names: Iterable[str]) -> sa.Update:
-    """Of many rows; the names of its parameters begin with `b_`, as SQLAlchemy keeps the columns' own for itself."""
-    values: dict[str, Any] = {name: sa.bindparam(f"b_{name}") for name in names}
-    return table.update().where(table.c[key] == sa.bindparam(f"b_{key}")).values(values)
-
-
+_POST, _ENTER, _USE, _RESERVE = (Prepared(table.insert()) for table in (postings, entries, usage_records, holds))
+_LET_GO = Prepared(holds.delete().where(holds.c.request_id == sa.bindparam("gone")))
 _MOVE_HOLD = _update(holds, "request_id", METERS)
 _MOVE_BALANCE = _update(balances, "scope", [name for name in _BALANCE if name != "scope"])
 
@@ -150,8 +156,9 @@ def metered_of(row: Any) -> Metered:
     return Metered(**{name: getattr(row, name) for name in METERS})
 
 
-def hold_of(row: Any) -> Hold:
-    return Hold(**{name: getattr(row, name) for name in _HOLD}, metered=metered_of(row))
+def _hold(row: Row) -> Hold:
+    named = dict(zip(_HOLD, row, strict=False))
+    return Hold(**named, metered=Metered(*row[len(_HOLD) :]))
 
 
 def hold_row(hold: Hold) -> dict[str, Any]:
@@ -165,12 +172,14 @@ def _row(of: object, names: Iterable[str], prefix: str = "") -> dict[str, Any]:
 
 def scopes_of(connection: Connection, request_ids: Collection[str]) -> dict[str, tuple[str, str, str]]:
     """The scopes of open reservations, without a lock: these never change while a reservation lives."""
-    return {row.request_id: hold_of(row).scopes for row in connection.execute(_OPEN, {"ids": sorted(request_ids)})}
+    found = map(_hold, _OPEN.rows(connection, ids=sorted(request_ids)))
+    return {hold.request_id: hold.scopes for hold in found}
 
 
 def lock(connection: Connection, scopes: Collection[str]) -> dict[str, Balance]:
     """These balances, nobody else's until the transaction ends. In one order everywhere, so that nobody waits in a circle."""
-    return {row.scope: Balance(*row) for row in connection.execute(_LOCKED, {"scopes": sorted(scopes)})}
+    found = (Balance(*row) for row in _LOCKED.rows(connection, scopes=sorted(scopes))) if scopes else ()
+    return {balance.scope: balance for balance in found}
 
 
 def create(connection: Connection, scopes: Collection[str]) -> None:
@@ -198,8 +207,8 @@ def load(
     new, the tables make sure. `settles`: whether anything is charged."""
     ids = sorted(known)
     organizations = [name.partition(":")[2] for name in found if name.startswith("organization:")]
-    rows = map(hold_of, connection.execute(_OPEN, {"ids": ids}) if ids else ())
-    open_now = {hold.request_id: hold for hold in rows if found.keys() >= set(hold.scopes)}
+    reserved = map(_hold, _OPEN.rows(connection, ids=ids) if ids else ())
+    open_now = {hold.request_id: hold for hold in reserved if found.keys() >= set(hold.scopes)}
     changes = prices.changes(connection, organizations)
     times = {name: max(now, found[scope("organization", name)].booked_at) for name in organizations}
     versions = {hold.price for hold in open_now.values()} | {changes.version_at(name, at) for name, at in times.items()}
@@ -218,7 +227,7 @@ def load(
 
 
 def _closed(connection: Connection, ids: Sequence[str]) -> dict[str, int]:
-    return {row.request_id: row.amount for row in connection.execute(_CLOSED, {"ids": ids})} if ids else {}
+    return dict(_CLOSED.rows(connection, ids=ids)) if ids else {}
 
 
 def renew(connection: Connection, owner: str) -> None:
@@ -255,8 +264,9 @@ def _by_scope(found: Iterable[Budget]) -> dict[str, list[Budget]]:
 def _counters(connection: Connection, organizations: Sequence[str], times: Iterable[float]) -> dict[str, dict[Counter, int]]:
     labels = {label for at in times for label in (periods.day_of(at), periods.month_of(at))}
     loaded: dict[str, dict[Counter, int]] = {}
-    for row in connection.execute(_COUNTED, {"organizations": organizations, "labels": sorted(labels)}):
-        loaded.setdefault(row.organization, {})[row.charge, row.label] = row.quantity
+    rows = _COUNTED.rows(connection, organizations=organizations, labels=sorted(labels)) if organizations else ()
+    for organization, charge, label, quantity in rows:
+        loaded.setdefault(organization, {})[charge, label] = quantity
     return loaded
 
 
@@ -264,7 +274,7 @@ def write(connection: Connection, books: Books, before: dict[str, Hold]) -> None
     """Everything that changed since `load`; `before`: the holds as they were then."""
     append(connection, books.postings)
     if books.used:
-        connection.execute(_USE, [_used_row(used) for used in books.used])
+        _USE.run_each(connection, [_used_row(used) for used in books.used])
     _write_holds(connection, books.holds, before)
     save(connection, [books.balances[name] for name in sorted(books.touched)])
     _write_counters(connection, books)
@@ -274,19 +284,19 @@ def append(connection: Connection, made: Sequence[Posting]) -> None:
     if not made:
         return
     names = ("organization", "seq", "subject", "kind", "project", "booked_at")
-    connection.execute(_POST, [_row(posting, names) | {"day": periods.day_of(posting.booked_at)} for posting in made])
+    _POST.run_each(connection, [_row(posting, names) | {"day": periods.day_of(posting.booked_at)} for posting in made])
     lines = [
         {"organization": posting.organization, "seq": posting.seq, "line": line} | _row(entry, _ENTRY)
         for posting in made
         for line, entry in enumerate(posting.entries)
     ]
     if lines:
-        connection.execute(_ENTER, lines)
+        _ENTER.run_each(connection, lines)
 
 
 def save(connection: Connection, changed: Sequence[Balance]) -> None:
     if changed:
-        connection.execute(_MOVE_BALANCE, [_row(each, _BALANCE, "b_") for each in changed])
+        _MOVE_BALANCE.run_each(connection, [_row(each, _BALANCE, "b_") for each in changed])
 
 
 def _used_row(used: Used) -> dict[str, Any]:
@@ -297,11 +307,11 @@ def _used_row(used: Used) -> dict[str, Any]:
 
 def _write_holds(connection: Connection, after: dict[str, Hold], before: dict[str, Hold]) -> None:
     if gone := [request_id for request_id in before if request_id not in after]:
-        connection.execute(_LET_GO, {"ids": gone})
+        _LET_GO.run_each(connection, [{"gone": request_id} for request_id in gone])
     if new := [hold_row(hold) for request_id, hold in after.items() if request_id not in before]:
-        connection.execute(_HOLD_NEW, new)
+        _RESERVE.run_each(connection, new)
     if moved := [hold for request_id, hold in after.items() if request_id in before and hold != before[request_id]]:
-        connection.execute(_MOVE_HOLD, [{"b_request_id": hold.request_id} | _row(hold.metered, METERS, "b_") for hold in moved])
+        _MOVE_HOLD.run_each(connection, [{"b_request_id": hold.request_id} | _row(hold.metered, METERS, "b_") for hold in moved])
 
 
 def _write_counters(connection: Connection, books: Books) -> None:
@@ -311,18 +321,18 @@ def _write_counters(connection: Connection, books: Books) -> None:
     ]
     if not rows:
         return
-    connection.execute(_set_counters(connection.dialect.name), rows)
+    _set_counters(connection.dialect.name).run_each(connection, rows)
 
 
 @cache
-def _set_counters(dialect: str) -> sa.Insert:
+def _set_counters(dialect: str) -> Prepared:
     if dialect == "postgresql":
         from sqlalchemy.dialects.postgresql import insert
     else:
         from sqlalchemy.dialects.sqlite import insert  # type: ignore[assignment]
     statement = insert(counters)
     key = [counters.c.organization, counters.c.charge, counters.c.label]
-    return statement.on_conflict_do_update(index_elements=key, set_={"quantity": statement.excluded.quantity})
+    return Prepared(statement.on_conflict_do_update(index_elements=key, set_={"quantity": statement.excluded.quantity}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy import Column, Connection, Float, Integer, String, Table, Text
 
 from cluster.errors import Conflict, InvalidRequest, NotFound
+from cluster.prepared import Prepared
 from cluster.store import Store, metadata
 from cluster.tenancy import acts
 from cluster.tenancy.acts import Note, unnoted
@@ -68,14 +69,16 @@ class Changes:
         return next((id for id, of, since in reversed(self.versions) if of == plan and since <= at), 0)
 
 
-# Every request reads these: they are put together once.
-_VERSIONS = sa.select(price_versions.c.id, price_versions.c.plan, price_versions.c.effective_at).order_by(
-    price_versions.c.effective_at, price_versions.c.id
+_VERSIONS = Prepared(
+    sa.select(price_versions.c.id, price_versions.c.plan, price_versions.c.effective_at).order_by(
+        price_versions.c.effective_at, price_versions.c.id
+    )
 )
-_PLANS = (
+_PLANS = Prepared(
     sa.select(plan_changes.c.organization, plan_changes.c.plan, plan_changes.c.effective_at)
     .where(plan_changes.c.organization.in_(sa.bindparam("organizations", expanding=True)))
-    .order_by(plan_changes.c.effective_at, plan_changes.c.id)
+    .order_by(plan_changes.c.effective_at, plan_changes.c.id),
+    "organizations",
 )
 
 
@@ -139,11 +142,9 @@ class Prices:
 
     def changes(self, connection: Connection, organizations: Iterable[str]) -> Changes:
         """Read inside the caller's transaction what version is in force when."""
-        versions = connection.execute(_VERSIONS)
-        plans = connection.execute(_PLANS, {"organizations": sorted(organizations)})
-        return Changes(
-            tuple((v.id, v.plan, v.effective_at) for v in versions), tuple((o.organization, o.plan, o.effective_at) for o in plans)
-        )
+        wanted = sorted(organizations)
+        plans = _PLANS.rows(connection, organizations=wanted) if wanted else ()
+        return Changes(tuple(_VERSIONS.rows(connection)), tuple(plans))
 
     def bodies(self, connection: Connection, versions: Iterable[int]) -> Mapping[int, PriceList]:
         """Prices by version. Versions never change, so each is read once."""
