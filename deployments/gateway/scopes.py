@@ -68,7 +68,7 @@ class ScopedRoute(APIRoute):
         super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+        handle = self.endpoint if self._takes_the_request_alone() else super().get_route_handler()
 
         async def permitted(request: Request) -> Response:
             permit(exchange.of(request.scope).principal, self.scope)
@@ -78,6 +78,11 @@ class ScopedRoute(APIRoute):
             return await _once(request).answer(key, request, handle, is_stored=not self.shows_secret)
 
         return permitted
+
+    def _takes_the_request_alone(self) -> bool:
+        """Whether there is nothing for FastAPI to read, check or provide: then it need not look in every call."""
+        of = self.dependant
+        return not (of.path_params or of.query_params or of.header_params or of.cookie_params or of.body_params or of.dependencies)
 
 
 def _once(request: Request) -> once.Once:
