@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import psutil
+
 from bench import echo, openloop
 from bench.gateway_systems import BARE, LITELLM, OURS, Entrance, entrances
 from bench.harness import HERE, Row, Table, percentile, versions, write
@@ -41,6 +43,7 @@ class Measurement:
     p99_ms: float
     failed: int
     late_ms: float  # of the sender, at most
+    cpu_ms: float  # of the whole machine for a request, the sender's and Ray's own included
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(found: Mapping[str, Entrance], rate: float, seconds: float, rounds: int) -> list[Measurement]:
     """The entrances by turns, each round in another order, after one round that nobody counts."""
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in found}
-    late: dict[str, float] = dict.fromkeys(found, 0.0)
+    late, cpu_s = dict.fromkeys(found, 0.0), dict.fromkeys(found, 0.0)
     order, rng = list(found), random.Random(1)
     for round_ in range(-1, rounds):
         rng.shuffle(order)
         for name in order:
+            before = _busy_s()
             said = _sent(found[name], arrivals(rate, WARM_UP_S if round_ < 0 else seconds, round_), _body(0, 8, False))
             print(f"{rate:g}/s, {name}: {len(said['exchanges'])} sent", file=sys.stderr)
             if round_ >= 0:
                 answers[name] += said["exchanges"]
                 late[name] = max(late[name], said["late_s"] * 1e3)
-    return [_measurement(name, rate, answers[name], seconds * rounds, late[name]) for name in found]
+                cpu_s[name] += _busy_s() - before
+    return [_measurement(name, rate, answers[name], seconds * rounds, late[name], cpu_s[name]) for name in found]
+
+
+def _busy_s() -> float:
+    """CPU time of this machine since its start."""
+    times = psutil.cpu_times()
+    return times.user + times.nice + times.system + times.irq + times.softirq
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
@@ -106,13 +117,16 @@ def stream(name: str, entrance: Entrance, streams: int, seconds: float, pause_s:
     return Streams(name, streams, streams - whole, statistics.median(gaps), percentile(gaps, 99))
 
 
-def _measurement(name: str, rate: float, answers: Sequence[Mapping[str, Any]], seconds: float, late_ms: float) -> Measurement:
+def _measurement(
+    name: str, rate: float, answers: Sequence[Mapping[str, Any]], seconds: float, late_ms: float, cpu_s: float
+) -> Measurement:
     """Raises RuntimeError where nothing was answered."""
     times = [answer["last_s"] * 1e3 for answer in answers if not answer["error"]]
     if not times:
         raise RuntimeError(f"{name} answered nothing: {answers[0]['error'] if answers else 'nothing was asked'}")
     failed = len(answers) - len(times)
-    return Measurement(name, rate, len(times) / seconds, statistics.median(times), percentile(times, 99), failed, late_ms)
+    median, cpu_ms = statistics.median(times), cpu_s * 1e3 / len(answers)
+    return Measurement(name, rate, len(times) / seconds, median, percentile(times, 99), failed, late_ms, cpu_ms)
 
 
 def _body(pause_s: float, tokens: int, is_stream: bool) -> dict[str, Any]:
@@ -193,7 +207,7 @@ def added(measured: Sequence[Measurement]) -> Table:
         "LiteLLM's / added p50",
         "p99",
     ]
-    columns += ["failed", "sender late, ms"]
+    columns += ["failed", "sender late, ms", "CPU ms a request"]
     lines = []
     for m in measured:
         more = _more(m, measured)
@@ -201,7 +215,7 @@ def added(measured: Sequence[Measurement]) -> Table:
         ratios = [f"{t / own:.1f}x" if m.entrance == OURS and own > 0 else "" for own, t in zip(more, theirs or (), strict=False)]
         cells = [f"{m.rate:g}", m.entrance, f"{m.answered_per_s:.0f}", f"{m.p50_ms:.1f}", f"{m.p99_ms:.1f}"]
         cells += [f"{value:+.1f}" if m.entrance != BARE else "" for value in more] + (ratios or ["", ""])
-        lines.append([*cells, str(m.failed), f"{m.late_ms:.0f}"])
+        lines.append([*cells, str(m.failed), f"{m.late_ms:.0f}", f"{m.cpu_ms:.1f}"])
     return Table("What a gateway adds to a request, over bare Serve + FastAPI in the same run", columns, lines)
 
 

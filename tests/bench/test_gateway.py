@@ -18,9 +18,9 @@ from tests.deployments.gateway.conftest import Server, serving
 from tests.fakes import KeyRing
 
 MEASURED = [
-    Measurement(BARE, 200, 199.0, 5.0, 20.0, 0, 3.0),
-    Measurement(OURS, 200, 199.0, 7.0, 26.0, 0, 3.0),
-    Measurement(LITELLM, 200, 150.0, 13.0, 80.0, 4, 3.0),
+    Measurement(BARE, 200, 199.0, 5.0, 20.0, 0, 3.0, 9.0),
+    Measurement(OURS, 200, 199.0, 7.0, 26.0, 0, 3.0, 8.0),
+    Measurement(LITELLM, 200, 150.0, 13.0, 80.0, 4, 3.0, 30.0),
 ]
 
 
@@ -61,7 +61,7 @@ def test_plain_answers_are_timed_and_refusals_are_failures(echo: Server) -> None
     refused = gateway._sent(entrance(echo, "mk_wrong"), [0.0], body)["exchanges"][0]
     assert "401" in refused["error"]
     with pytest.raises(RuntimeError, match="401"):
-        gateway._measurement(OURS, 1, [refused], 1, 0)
+        gateway._measurement(OURS, 1, [refused], 1, 0, 0.1)
 
 
 def test_streams_are_whole_or_dropped(echo: Server) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.openloop import body, events, problem
+from bench.openloop import Exchange, body, events, problem, request_bytes, send_all
 
 ROOT = Path(__file__).parents[2]
 SLOW_S = 0.5
@@ -154,3 +156,49 @@ def test_an_answer_that_is_not_whole_says_what_is_known() -> None:
     assert problem(ok, is_done=False) == "the answer broke off"
     assert problem(ok, is_done=True) == ""
     assert problem(busy, is_done=True) == "HTTP/1.1 503 Busy"
+
+
+PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+IN_CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
+
+
+async def kept(answers: list[bytes], at: list[float], *, closes: bool = False) -> tuple[list[Exchange], int]:
+    """Exchanges over kept connections, and how many connections it took. The server answers in turn, then hangs up or not."""
+    opened, left = 0, iter(answers)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal opened
+        opened += 1
+        with contextlib.suppress(asyncio.IncompleteReadError, StopIteration):
+            while True:
+                await reader.readuntil(b"{}")
+                writer.write(next(left))
+                if closes:
+                    break
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    request = request_bytes("127.0.0.1", {}, {}, keep=True)
+    exchanges = await send_all("127.0.0.1", port, [(when, request) for when in at], 5, keep=True)
+    server.close()
+    return exchanges, opened
+
+
+async def test_kept_connections_take_one_request_after_another() -> None:
+    exchanges, opened = await kept([PLAIN, IN_CHUNKS, PLAIN], [0.0, 0.1, 0.2])
+    assert [b"".join(data for _, data in body(exchange.pieces)) for exchange in exchanges] == [b"ok"] * 3
+    assert [exchange.failure for exchange in exchanges] == [""] * 3
+    assert opened == 1
+
+
+async def test_requests_at_once_have_connections_of_their_own() -> None:
+    exchanges, opened = await kept([PLAIN[:-1], PLAIN, b"k"], [0.0, 0.1])
+    assert opened == 2
+    assert [exchange.closed.is_set() for exchange in exchanges] == [False, True]
+
+
+async def test_a_connection_that_ends_amid_an_answer_is_a_failure_and_an_idle_one_is_not() -> None:
+    exchanges, opened = await kept([PLAIN, PLAIN[:-1]], [0.0, 0.1], closes=True)
+    assert [exchange.failure for exchange in exchanges] == ["", "the connection was closed"]
+    assert opened == 2
