@@ -6,6 +6,7 @@ the caller's principal before the endpoint runs. `PUBLIC` is the only scope that
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
@@ -68,7 +69,7 @@ class ScopedRoute(APIRoute):
         super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = self.endpoint if self._takes_the_request_alone() else super().get_route_handler()
+        handle = self.endpoint if self._is_plain() else super().get_route_handler()
 
         async def permitted(request: Request) -> Response:
             permit(exchange.of(request.scope).principal, self.scope)
@@ -79,10 +80,12 @@ class ScopedRoute(APIRoute):
 
         return permitted
 
-    def _takes_the_request_alone(self) -> bool:
-        """Whether there is nothing for FastAPI to read, check or provide: then it need not look in every call."""
+    def _is_plain(self) -> bool:
+        """From the request to a response: there is nothing for FastAPI to read, provide or put into words, so it need not look."""
         of = self.dependant
-        return not (of.path_params or of.query_params or of.header_params or of.cookie_params or of.body_params or of.dependencies)
+        reads = of.path_params or of.query_params or of.header_params or of.cookie_params or of.body_params or of.dependencies
+        gives = inspect.signature(self.endpoint, eval_str=True).return_annotation
+        return not reads and inspect.iscoroutinefunction(self.endpoint) and inspect.isclass(gives) and issubclass(gives, Response)
 
 
 def _once(request: Request) -> once.Once:
