@@ -82,10 +82,10 @@ class ScopedRoute(APIRoute):
 
     def _is_plain(self) -> bool:
         """From the request to a response: there is nothing for FastAPI to read, provide or put into words, so it need not look."""
-        of = self.dependant
-        reads = of.path_params or of.query_params or of.header_params or of.cookie_params or of.body_params or of.dependencies
-        gives = inspect.signature(self.endpoint, eval_str=True).return_annotation
-        return not reads and inspect.iscoroutinefunction(self.endpoint) and inspect.isclass(gives) and issubclass(gives, Response)
+        found = inspect.signature(self.endpoint, eval_str=True)
+        takes = list(found.parameters) == [self.dependant.request_param_name] and not self.dependant.dependencies
+        gives = inspect.isclass(found.return_annotation) and issubclass(found.return_annotation, Response)
+        return takes and gives and inspect.iscoroutinefunction(self.endpoint)
 
 
 def _once(request: Request) -> once.Once:

@@ -128,6 +128,7 @@ def linked() -> list[str]:
     return [name for name in {*(name for name, to in links.items() if to), *chain(*links.values())} if "archive" not in name]
 
 
+@pytest.mark.timeout(300 + 20 * EXAMPLES)
 def test_walks_along_links_are_what_the_document_says(gateway: Whole, tally: Counter[str]) -> None:
     """What one answer names is asked for next, changed, deleted and asked for again."""
     followed: Counter[str] = Counter()
