@@ -140,13 +140,20 @@ def told_apart_elsewhere(pair: Pair, kinds: Mapping[str, str], *, everywhere: bo
             for place, options in strings(operation):
                 called = [kind for kind in kinds if kind.split()[-1].removesuffix("s") in place]
                 for kind in kinds if everywhere else called or [next(turns)]:
-                    identifier = kinds[kind]
-                    answers = [
-                        said(pair.mine.ask(operation, **options(pair.mine, id)), id) for id in (identifier, nobodys(identifier))
-                    ]
-                    if answers[0] != answers[1]:
+                    if answers := told_apart(pair.mine, operation, options, kinds[kind]):
                         found.append(f"{operation} {place} {kind}: {answers}")
     return found
+
+
+def told_apart(
+    tenant: Tenant, operation: Operation, options: Callable[[Tenant, str], dict[str, Any]], identifier: str
+) -> list[tuple[int, str]]:
+    """The answers for somebody's id and for nobody's, if they differ each time: when a key was used last changes by itself."""
+    for _ in range(3):
+        answers = [said(tenant.ask(operation, **options(tenant, id)), id) for id in (identifier, nobodys(identifier))]
+        if answers[0] == answers[1]:
+            return []
+    return answers
 
 
 def owned(tenant: Tenant) -> dict[str, str]:
