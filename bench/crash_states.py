@@ -16,6 +16,8 @@ from pathlib import Path
 Files = dict[str, bytes]
 
 _LINE = re.compile(r"^(?:\d+\s+)?(\w+)\((.*)\)\s+= (-?\d+)")
+_BEGUN = re.compile(r"^(\d*)\s*(\w+\(.*) <unfinished \.\.\.>$")
+_RESUMED = re.compile(r"^(\d*)\s*<\.\.\. \w+ resumed>(.*)$")
 _TEXT = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
 
 
@@ -105,9 +107,15 @@ def disk_of(before: Mapping[str, bytes], folder: Path) -> Disk:
 
 
 def parse(trace: str) -> list[Call]:
-    """From what `strace -xx` wrote; calls that were cut off by the end are left out."""
-    calls = []
+    """From what `strace -xx` wrote; calls that were cut off by the end are left out. One that something else happened beside is in two
+    lines, and counts where it ended."""
+    calls, begun = [], dict[str, str]()
     for line in trace.splitlines():
+        if match := _BEGUN.match(line):
+            begun[match[1]] = match[2]
+            continue
+        if match := _RESUMED.match(line):
+            line = begun.pop(match[1], "") + match[2]
         if match := _LINE.match(line):
             calls.append(_call(match[1], match[2], int(match[3])))
     return calls

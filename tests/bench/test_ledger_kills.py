@@ -95,6 +95,19 @@ def test_what_was_said_and_is_not_there_is_lost(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_call_that_others_happened_beside_is_one_in_two_lines() -> None:
+    trace = [
+        '7  pwrite64(4, "\\x31", 1, 5 <unfinished ...>',
+        "8  fsync(9 <unfinished ...>",
+        "8  <... fsync resumed>)              = 0",
+        "7  <... pwrite64 resumed>)           = 1",
+        "7  fsync(4 <unfinished ...>",
+    ]
+    first, second = crash_states.parse("\n".join(trace))
+    assert (first.verb, first.fd, first.result) == ("fsync", 9, 0)
+    assert (second.verb, second.fd, second.data, second.number, second.result) == ("pwrite64", 4, b"1", 5, 1)
+
+
 def test_a_disk_keeps_only_what_was_synced() -> None:
     trace = "\n".join(
         [

@@ -221,6 +221,7 @@ def test_hostile_strings_are_only_strings(gateway: Whole) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif("FUZZ_EXAMPLES" not in os.environ, reason="takes half an hour: make fuzz")
+@pytest.mark.timeout(7200)
 def test_every_hostile_string_in_every_place(gateway: Whole) -> None:
     going = attack(gateway.server, document(), by_a_tenant(gateway), each=len(corpus()))
     assert going.found[:10] == []

@@ -181,6 +181,7 @@ def test_bodies_and_queries_that_name_objects_of_others_name_nothing(pair: Pair)
 
 @pytest.mark.slow
 @pytest.mark.skipif("FUZZ_EXAMPLES" not in os.environ, reason="takes half an hour: make fuzz")
+@pytest.mark.timeout(7200)
 def test_every_object_in_every_body_and_query_names_nothing(pair: Pair) -> None:
     before = pair.their_rows()
     assert told_apart_elsewhere(pair, owned(pair.theirs), everywhere=True) == []
