@@ -107,8 +107,8 @@ def disk_of(before: Mapping[str, bytes], folder: Path) -> Disk:
 
 
 def parse(trace: str) -> list[Call]:
-    """From what `strace -xx` wrote; calls that were cut off by the end are left out. One that something else happened beside is in two
-    lines, and counts where it ended."""
+    """From what `strace -xx` wrote; calls that were cut off by the end are left out. One beside which something else happened is in
+    two lines, and counts where it ended."""
     calls, begun = [], dict[str, str]()
     for line in trace.splitlines():
         if match := _BEGUN.match(line):
