@@ -1,4 +1,4 @@
-"""What is configured for a project, as a gateway knows it: about a second old, and no call but a project's first waits for it."""
+"""What is configured for a project, as a gateway knows it: at most a second old, or ten while it can't be read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from cluster.tenancy.rate_limits import ANY, RateLimit, RateLimits
 logger = logging.getLogger(__name__)
 
 STALE_S = 0.9
-"""Age at which rules are read again, beside the calls that go on with the old ones."""
+"""Age at which rules are read again. Calls wait for it: a project that was quiet for long must not go on with what once was."""
+
+PATIENCE_S = 0.5
+"""How long they wait before they go on with the old ones."""
 
 OLD_S = 10.0
 """Older rules are no rules: a call waits for newer ones, as the first did."""
@@ -69,7 +72,8 @@ class KnownRules:
             return known.rules
         reading = self._start(project)
         if known and age < OLD_S:
-            return known.rules
+            await asyncio.wait({reading}, timeout=PATIENCE_S)
+            return known.rules if not reading.done() or reading.cancelled() or reading.exception() else reading.result()
         return await asyncio.shield(reading)
 
     def _start(self, project: str) -> asyncio.Task[Rules]:

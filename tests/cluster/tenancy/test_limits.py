@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 
 import pytest
 
 from cluster.errors import ModelNotFound, RateLimited
+from cluster.tenancy import rules as rules_module
 from cluster.tenancy.counts import Meters
 from cluster.tenancy.limits import CountedLimits, Granted, Unlimited, duration
 from cluster.tenancy.model_permissions import Permission
@@ -184,13 +186,16 @@ def test_times_read_as_those_of_the_official_api(us: int, text: str) -> None:
     assert duration(us) == text
 
 
-def test_rules_are_read_again_beside_the_calls_and_survive_a_short_failure() -> None:
+def test_rules_hold_a_second_after_they_changed_and_survive_a_short_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules_module, "PATIENCE_S", 0.05)
     now, failing, rows = [0.0], [False], [RateLimit("acme", requests=1)]
-    reads = 0
+    reads, goes_on = 0, threading.Event()
+    goes_on.set()
 
     def read(project: str) -> Rules:
         nonlocal reads
         reads += 1
+        goes_on.wait(10)
         if failing[0]:
             raise OSError("the database is away")
         return Rules(tuple(rows))
@@ -201,13 +206,17 @@ def test_rules_are_read_again_beside_the_calls_and_survive_a_short_failure() -> 
         assert reads == 1
         assert all(rules.limits == tuple(rows) for rules in many)
         rows[0] = RateLimit("acme", requests=2)
-        now[0] = 1.0
-        await known.of("acme")  # starts the reading and does not wait for it
-        await until(lambda: reads == 2)
+        now[0] = 8.0
         assert (await known.of("acme")).limits[0].requests == 2
-        failing[0], now[0] = True, 3.0
-        assert (await known.of("acme")).limits[0].requests == 2
-        await until(lambda: reads == 3)
+        rows[0], now[0] = RateLimit("acme", requests=3), 9.0
+        goes_on.clear()
+        assert (await known.of("acme")).limits[0].requests == 2, "a database that is slow keeps nobody"
+        goes_on.set()
+        await until(lambda: reads == 3 and not known._reading)
+        assert (await known.of("acme")).limits[0].requests == 3
+        failing[0], now[0] = True, 11.0
+        assert (await known.of("acme")).limits[0].requests == 3
+        assert reads == 4
         now[0] = 30.0
         with pytest.raises(OSError, match="away"):
             await known.of("acme")
