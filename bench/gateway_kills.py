@@ -34,7 +34,7 @@ from cluster.store import Store
 from cluster.tenancy.accounts import Accounts
 from cluster.tenancy.audit import Audit, read_head
 from cluster.tenancy.budgets import Budgets, balances, budgets
-from cluster.tenancy.journal import holds, metered_of, usage_records
+from cluster.tenancy.journal_tables import holds, metered_of, usage_records
 from cluster.tenancy.metered import Metered
 from cluster.tenancy.prices import Prices
 from cluster.tenancy.projects import DEFAULT

@@ -38,7 +38,7 @@ from bench import crash_states, harness
 from bench.harness import Table, earlier, versions
 from cluster.errors import LedgerUnavailable
 from cluster.store import Store
-from cluster.tenancy.journal import postings, usage_records
+from cluster.tenancy.journal_tables import postings, usage_records
 from cluster.tenancy.ledger import Ledger
 from cluster.tenancy.metered import Metered
 from cluster.tenancy.rating import PriceList

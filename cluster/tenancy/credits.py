@@ -18,7 +18,7 @@ from cluster.errors import InvalidRequest
 from cluster.store import Store, metadata
 from cluster.tenancy import acts, journal, money, postings
 from cluster.tenancy.acts import Note, unnoted
-from cluster.tenancy.journal import entries
+from cluster.tenancy.journal_tables import entries
 
 grants = Table(
     "grants",

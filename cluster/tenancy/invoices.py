@@ -18,9 +18,9 @@ from sqlalchemy import BigInteger, Column, Connection, Float, Integer, String, T
 
 from cluster.errors import Conflict, NotFound, PlatformError
 from cluster.store import Store, metadata
-from cluster.tenancy import acts, credits, journal, money, periods, postings
+from cluster.tenancy import acts, credits, journal, journal_tables, money, periods, postings
 from cluster.tenancy.acts import Note, unnoted
-from cluster.tenancy.journal import entries, usage_records
+from cluster.tenancy.journal_tables import entries, usage_records
 from cluster.tenancy.metered import METERS
 from cluster.tenancy.postings import Entry
 from cluster.tenancy.prices import Prices
@@ -153,12 +153,12 @@ class Invoices:
 
 def sums(connection: Connection, organization: str, month: int, *, by_day: bool = False) -> Sequence[Any]:
     """Quantity and amount of a month's usage by project, model, meter and version of prices, by day too if wanted."""
-    p, e = journal.postings.c, entries.c
+    p, e = journal_tables.postings.c, entries.c
     group = [*([p.day] if by_day else []), p.project, e.model, e.meter, e.price]
     first, after = (periods.day_of(periods.month_start(month + n)) for n in (0, 1))
     query = (
         sa.select(*group, sa.func.sum(e.quantity).label("quantity"), (-sa.func.sum(e.amount)).label("amount"))
-        .join_from(journal.postings, entries, sa.and_(p.organization == e.organization, p.seq == e.seq))
+        .join_from(journal_tables.postings, entries, sa.and_(p.organization == e.organization, p.seq == e.seq))
         .where(p.organization == organization, p.kind == "settle", p.day >= first, p.day < after, e.account == postings.REVENUE)
         .group_by(*group)
         .order_by(*group)

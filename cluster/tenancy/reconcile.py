@@ -11,9 +11,9 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from cluster.store import Store
-from cluster.tenancy import journal, postings, rating
+from cluster.tenancy import journal_tables, postings, rating
 from cluster.tenancy.budgets import balances
-from cluster.tenancy.journal import entries, holds, metered_of, usage_records
+from cluster.tenancy.journal_tables import entries, holds, metered_of, usage_records
 from cluster.tenancy.prices import Prices
 from cluster.tenancy.rating import Booked
 
@@ -43,7 +43,7 @@ def _sums(connection: Connection) -> Iterator[str]:
 
 def _numbering(connection: Connection) -> Iterator[str]:
     """No posting is missing, and the balance knows the last."""
-    p = journal.postings.c
+    p = journal_tables.postings.c
     rows = connection.execute(sa.select(p.organization, sa.func.count(), sa.func.max(p.seq)).group_by(p.organization)).all()
     last = {row[0]: row[1:] for row in rows}
     for scope, seq in connection.execute(sa.select(balances.c.scope, balances.c.seq).where(balances.c.scope.startswith(_WORKING))):
@@ -55,7 +55,7 @@ def _numbering(connection: Connection) -> Iterator[str]:
 
 def _pairs(connection: Connection) -> Iterator[str]:
     """Every request was reserved once; it is settled once, with one usage record, or still open."""
-    p = journal.postings.c
+    p = journal_tables.postings.c
     of_kind = {kind: set(connection.scalars(sa.select(p.subject).where(p.kind == kind))) for kind in ("reserve", "settle")}
     used = set(connection.scalars(sa.select(usage_records.c.request_id)))
     still_open = set(connection.scalars(sa.select(holds.c.request_id)))

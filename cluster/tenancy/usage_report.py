@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from cluster.errors import InvalidRequest
 from cluster.store import Store
 from cluster.tenancy import postings
-from cluster.tenancy.journal import entries, metered_of, usage_records
+from cluster.tenancy.journal_tables import entries, metered_of, usage_records
 from cluster.tenancy.key_records import api_keys
 from cluster.tenancy.metered import METERS, Metered
 

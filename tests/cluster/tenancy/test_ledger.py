@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from cluster.errors import BudgetExceeded, Conflict, InvalidRequest, LedgerUnavailable, NotFound
 from cluster.store import Store
-from cluster.tenancy import journal
+from cluster.tenancy import journal, journal_tables
 from cluster.tenancy.books import Operation, Progress, Reserve, Settle, Settled
 from cluster.tenancy.budgets import Budgets
 from cluster.tenancy.group_commit import GroupCommit
@@ -213,7 +213,7 @@ def test_two_writers_of_the_same_request_book_it_once(priced: Ledger, either_sto
     assert problems(either_store) == []
 
 
-@pytest.mark.parametrize("table", journal.APPEND_ONLY)
+@pytest.mark.parametrize("table", journal_tables.APPEND_ONLY)
 def test_facts_can_neither_be_changed_nor_removed(priced: Ledger, either_store: Store, table: str) -> None:
     from cluster.tenancy.credits import Credits
     from cluster.tenancy.invoices import Invoices
@@ -223,7 +223,7 @@ def test_facts_can_neither_be_changed_nor_removed(priced: Ledger, either_store: 
     Credits(either_store, priced._clock).grant("acme", 5, "welcome")
     priced._clock.now += 40 * 86_400  # type: ignore[attr-defined]
     Invoices(either_store, priced._clock).issue("acme", "2026-11")
-    of = journal.entries.metadata.tables[table]
+    of = journal_tables.entries.metadata.tables[table]
     first = next(column for column in of.c if isinstance(column.type, sa.String))
     for statement in (of.update().values({first.name: "x"}), of.delete()):
         with pytest.raises(sa.exc.DBAPIError, match="append-only"), either_store.begin() as connection:

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from cluster.errors import BudgetExceeded, Conflict, InvalidRequest, LedgerUnavailable, PlatformError, ReplicaLost
 from cluster.store import Store
-from cluster.tenancy import journal
+from cluster.tenancy import journal_tables
 from cluster.tenancy.books import Operation
 from cluster.tenancy.budgets import Budgets
 from cluster.tenancy.group_commit import GroupCommit
@@ -43,7 +43,7 @@ async def metering(store: Store, clock: Clock) -> AsyncIterator[Metering]:
 
 
 def outcomes(store: Store) -> dict[str, tuple[str, int]]:
-    c = journal.usage_records.c
+    c = journal_tables.usage_records.c
     with store.read() as connection:
         return {row[0]: (row[1], row[2]) for row in connection.execute(sa.select(c.request_id, c.outcome, c.amount))}
 
@@ -124,7 +124,7 @@ async def test_who_is_cancelled_over_and_over_leaves_nothing_open(metering: Mete
 
 def num_open(store: Store) -> int:
     with store.read() as connection:
-        return connection.scalar(sa.select(sa.func.count()).select_from(journal.holds)) or 0
+        return connection.scalar(sa.select(sa.func.count()).select_from(journal_tables.holds)) or 0
 
 
 class Failing(Ledger):
@@ -167,7 +167,7 @@ async def test_what_could_not_be_written_is_settled_later(store: Store, clock: C
 
 async def test_what_is_written_along_comes_with_the_settlement_or_not_at_all(metering: Metering, store: Store) -> None:
     def along(connection: sa.Connection) -> None:
-        connection.execute(journal.owners.insert().values(owner="along", beat=1))
+        connection.execute(journal_tables.owners.insert().values(owner="along", beat=1))
 
     def broken(connection: sa.Connection) -> None:
         along(connection)
@@ -187,14 +187,14 @@ async def test_what_is_written_along_comes_with_the_settlement_or_not_at_all(met
 
 def owners(store: Store) -> int:
     with store.read() as connection:
-        return connection.scalar(sa.select(sa.func.count()).select_from(journal.owners)) or 0
+        return connection.scalar(sa.select(sa.func.count()).select_from(journal_tables.owners)) or 0
 
 
 async def test_progress_is_durable_after_so_many_tokens_or_so_long(metering: Metering, store: Store, clock: Clock) -> None:
     async def kept() -> int | None:
         await asyncio.sleep(0.05)
         with store.read() as connection:
-            return connection.scalar(sa.select(journal.holds.c.output_tokens))
+            return connection.scalar(sa.select(journal_tables.holds.c.output_tokens))
 
     async with metering.request(caller(), "r1", "chat", BOUND) as running:
         running.used(Usage(10, 31))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cluster.errors import InvalidRequest
 from cluster.store import Store
 from cluster.tenancy.accounts import Accounts
-from cluster.tenancy.journal import entries, usage_records
+from cluster.tenancy.journal_tables import entries, usage_records
 from cluster.tenancy.key_records import api_keys
 from cluster.tenancy.ledger import Ledger
 from cluster.tenancy.metered import METERS, Metered, Outcome, Service

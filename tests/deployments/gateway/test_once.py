@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from cluster.errors import ModelError
 from cluster.store import Store
 from cluster.tenancy.idempotency import LEASE_S, Bounds, Idempotency, Replay, Run, idempotency, idempotency_totals
-from cluster.tenancy.journal import usage_records
+from cluster.tenancy.journal_tables import usage_records
 from cluster.tenancy.ledger import Ledger
 from cluster.tenancy.metering import Metering
 from cluster.tenancy.reconcile import problems
