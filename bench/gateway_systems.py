@@ -28,7 +28,7 @@ from cluster.settings import Settings
 from cluster.store import Store
 from cluster.tenancy.keys import Keys
 from cluster.types import Deployment
-from tests.e2e.platform import free_ports
+from tests.free_ports import free_port
 
 BARE, OURS, LITELLM = "bare Serve + FastAPI", "mmaas gateway", "LiteLLM proxy"
 LITELLM_PROGRAM = HERE.parent / ".venv-litellm" / "bin" / "litellm"
@@ -110,7 +110,7 @@ def _key(loaded: Settings) -> str:
 @contextmanager
 def _litellm(upstream: Entrance, workers: int) -> Iterator[Entrance]:
     """Without our environment: nothing of it is LiteLLM's business. Raises RuntimeError with what it printed last."""
-    [port] = free_ports(1)
+    port = free_port()
     with tempfile.TemporaryDirectory(prefix="litellm-") as directory:
         path, log = Path(directory) / "config.json", Path(directory) / "log"
         path.write_text(json.dumps(litellm_config(upstream)))

@@ -10,7 +10,6 @@ import asyncio
 import multiprocessing
 import os
 import signal
-import socket
 import time
 import urllib.request
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from cluster.errors import ModelNotFound, ModelNotSupported
 from cluster.settings import Settings
 from cluster.types import Adapter, Chunk, Delta, Deployment, Encode, Encoded, Generate, Predict, Predicted, Usage
 from deployments.router import Facts, Word
+from tests.free_ports import free_port
 
 MODEL = Deployment(name="echo", model="models:/echo@champion", created_at=1_700_000_000.0)
 PROMPT_TOKENS = 7
@@ -157,7 +157,7 @@ class Gateway:
 
     settings: Settings
     journal: Path | None
-    port: int = field(default_factory=lambda: free_port())
+    port: int = field(default_factory=free_port)
     process: BaseProcess | None = None
 
     @property
@@ -220,9 +220,3 @@ class Gateways:
     def __exit__(self, *_: object) -> None:
         for each in self._each:
             each.end()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    return port

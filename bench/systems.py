@@ -20,7 +20,7 @@ from bench.engines import Engine, engines
 from bench.guarded import guarded, usual_engine
 from bench.harness import versions
 from cluster import launch
-from tests.e2e.platform import free_ports
+from tests.free_ports import free_port
 
 KV_CACHE_GIB = 2
 START_S = 400
@@ -73,7 +73,7 @@ def mmaas(model: str, *, threads: int, max_sequences: int) -> Iterator[Endpoint]
 def vllm(name: str, model: str, *, threads: int, max_sequences: int) -> Iterator[Endpoint]:
     """`vllm serve` in the environment of the engine of that name, without the prefix cache. Raises RuntimeError with what it
     printed last."""
-    engine, (port,) = engines()[name], free_ports(1)
+    engine, port = engines()[name], free_port()
     if not engine.is_installed:
         raise RuntimeError("not installed; run bench/peers/install.sh")
     with tempfile.TemporaryFile("w+") as log:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.e2e.platform import free_ports
+from tests.free_ports import free_port
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def postgres_url() -> Iterator[str]:
     owner = "postgres" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
     if not programs or not _exists(owner):
         pytest.skip("no Postgres server here; install Debian's postgresql or set TEST_POSTGRES_URL")
-    [port] = free_ports(1)
+    port = free_port()
     directory = Path(tempfile.mkdtemp(prefix="mmaas-pg-"))
     shutil.chown(directory, owner)
     user = owner if os.getuid() == 0 else None

@@ -16,21 +16,14 @@ from cluster import doctor, launch, ports, processes, raynode, settings
 from cluster.dashboard import Dashboard
 from cluster.errors import Conflict, Unavailable
 from cluster.occupancy import observe
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    found = [opened.getsockname()[1] for opened in sockets]
-    for opened in sockets:
-        opened.close()
-    return found
+from tests.free_ports import free_ports, free_run
 
 
 def private(home: Path) -> settings.Settings:
-    gcs, dashboard, client, mlflow, gateway, internal = free_ports(6)
+    gcs, dashboard, client, mlflow, gateway = free_ports(5)
     ray: dict[str, Any] = {"gcs_port": gcs, "dashboard_port": dashboard, "client_port": client, "num_cpus": 2}
     ray["object_store_bytes"] = 80 << 20
-    front = {"port": gateway, "internal_port": min(internal, 65000)}
+    front = {"port": gateway, "internal_port": free_run()}
     return settings.load(home=home, ray=ray, mlflow={"port": mlflow}, gateway=front)
 
 

@@ -30,8 +30,8 @@ from mmaas.cli import app as command_line
 from tests.deployments.gateway.conftest import Server, serving
 from tests.deployments.gateway.sockets import Noting, address
 from tests.deployments.gateway.whole import whole
-from tests.e2e.platform import free_ports
 from tests.fakes import EchoModels, KeyRing
+from tests.free_ports import free_ports, free_run
 
 
 def door(server: Server) -> Door:
@@ -213,12 +213,12 @@ def test_a_secret_that_can_be_guessed_is_found(tmp_path: Path) -> None:
 
 def test_what_is_not_running_is_told_as_unchecked(tmp_path: Path) -> None:
     names = ("gcs_port", "dashboard_port", "client_port")
-    free = free_ports(6)
+    free = free_ports(5)
     loaded = settings.load(
         home=tmp_path / "home",
         ray=dict(zip(names, free, strict=False)),
         mlflow={"port": free[3]},
-        gateway={"port": free[4], "internal_port": min(free[5], 60_000)},
+        gateway={"port": free[4], "internal_port": free_run()},
     )
     found = statuses(security.examine(loaded))
     assert found["gateway"] == found["Ray token"] == found["MLflow"] == "warn"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Iterator
@@ -22,6 +21,7 @@ from deployments.gateway.front import CALLBACK
 from mmaas.client import connect
 from tests.deployments.gateway.conftest import eventually
 from tests.fakes import ECHO, EchoModels, KeyRing
+from tests.free_ports import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -80,8 +80,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     from deployments.gateway import gateway
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=100 << 20, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     deploy_model()

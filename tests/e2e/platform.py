@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -17,24 +16,17 @@ import psutil
 
 from cluster import launch
 from cluster.settings import Settings, load
+from tests.free_ports import free_ports, free_run
 
 ROOT = Path(__file__).parents[2]
 MODEL = "tiny"
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [opened.getsockname()[1] for opened in sockets]
-    for opened in sockets:
-        opened.close()
-    return ports
-
-
 def private_environment(home: Path) -> dict[str, str]:
     """Settings of a platform beside which another may run."""
-    names = ("RAY__GCS_PORT", "RAY__DASHBOARD_PORT", "RAY__CLIENT_PORT", "MLFLOW__PORT", "GATEWAY__PORT", "GATEWAY__INTERNAL_PORT")
+    names = ("RAY__GCS_PORT", "RAY__DASHBOARD_PORT", "RAY__CLIENT_PORT", "MLFLOW__PORT", "GATEWAY__PORT")
     ports = {f"MMAAS_{name}": str(port) for name, port in zip(names, free_ports(len(names)), strict=True)}
-    ports["MMAAS_GATEWAY__INTERNAL_PORT"] = str(min(int(ports["MMAAS_GATEWAY__INTERNAL_PORT"]), 60_000))
+    ports["MMAAS_GATEWAY__INTERNAL_PORT"] = str(free_run())
     return ports | {
         "MMAAS_HOME": str(home),
         "MMAAS_RAY__NUM_CPUS": "2",

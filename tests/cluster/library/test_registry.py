@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from cluster.library.registry import Registry
 from cluster.library.tracking import Tracking
 from cluster.storage import Storage
 from cluster.types import ModelRef
+from tests.free_ports import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -141,9 +141,7 @@ def test_a_run_keeps_its_parameters_and_its_curve(sqlite_uri: str) -> None:
 @pytest.mark.slow
 def test_over_http_versions_are_the_same(tmp_path: Path) -> None:
     """The server refuses `file:` sources and gives version numbers as text; a caller sees none of that."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{tmp_path}/m.db", "--workers", "1"]
     log = (tmp_path / "log").open("w")
     command += ["--host", "127.0.0.1", "--port", str(port)]

@@ -13,6 +13,7 @@ import pytest
 
 from deployments.engine.families import NOT_SERVABLE, NOT_SHARDABLE, NOT_SHARDABLE_WITH, SHARDABLE
 from tests.deployments.engine.tiny import build
+from tests.free_ports import free_port
 
 pytestmark = pytest.mark.slow
 HANGS = {"phimoe", "granitemoeshared"}  # the ranks wait for each other until a timeout ends both: not tried again
@@ -115,14 +116,6 @@ def shard_all(families: list[str], port: int, tmp_path: Path) -> dict[str, Any]:
     results = tmp_path / "results.json"
     torch.multiprocessing.start_processes(shard, args=(families, port, str(results)), nprocs=2, start_method="spawn")
     return json.loads(results.read_text())
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def test_a_family_stands_in_one_table():

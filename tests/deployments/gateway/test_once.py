@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -33,6 +32,7 @@ from deployments.gateway.once import Once
 from deployments.gateway.tenancy import Tenancy
 from tests.deployments.gateway.conftest import Server, eventually, serving
 from tests.fakes import EchoModels, KeyRing
+from tests.free_ports import free_port
 
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "one two three"}]}
 KEY = {"Idempotency-Key": "k"}
@@ -361,8 +361,7 @@ class Gateway:
     """A gateway in a process of its own, that can be killed."""
 
     def __init__(self, store: Store, delay_s: float) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         root = Path(__file__).parents[3]
         self.process = subprocess.Popen([sys.executable, "-c", GATEWAY, str(store.url), str(port), str(delay_s)], cwd=root)
         self.url = f"http://127.0.0.1:{port}"

@@ -18,8 +18,8 @@ from tests.cluster.test_haproxy import rendered_by_serve
 from tests.deployments.gateway.conftest import eventually, serving
 from tests.deployments.gateway.sockets import Address, Noting, address, answer
 from tests.deployments.gateway.whole import whole
-from tests.e2e.platform import free_ports
 from tests.fakes import EchoModels, KeyRing
+from tests.free_ports import free_port
 
 CANARY = b"GET /canary HTTP/1.1\r\nHost: a\r\n\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer " + KeyRing.USER.encode() + b"\r\n"
@@ -147,7 +147,7 @@ def behind_haproxy(noting: Noting, alone: str, tmp_path_factory: pytest.TempPath
     binary, path = ingress.haproxy_binary(), tmp_path_factory.mktemp("haproxy")
     if binary is None:
         pytest.skip("no HAProxy for this system")
-    [port] = free_ports(1)
+    port = free_port()
     ingress.install(settings.load(home=path / "home", gateway={"port": port}), path)
     text = rendered_by_serve(path).replace("127.0.0.1:30001", f"127.0.0.1:{address(alone)[1]}")
     (path / "haproxy.cfg").write_text(text)
