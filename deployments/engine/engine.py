@@ -291,7 +291,7 @@ class Engine:
         rows = accumulate((1 + len(item.draft) for item in slices[:-1]), initial=0)
         going, place = [pair for pair in zip(slices, rows, strict=True) if pair[0].sequence in self.scheduler.running], 0
         while going:
-            wanted = logits if len(going) == len(logits) else logits[[row + place for _, row in going]]
+            wanted = logits if len(going) == len(logits) else sampler.rows_of(logits, [row + place for _, row in going])
             sequences = [item.sequence for item, _ in going]
             chosen = sampler.sample(wanted, sequences, choose, self._allowed(sequences, wanted.shape[1]))
             outputs += [self._take(item.sequence, token) for (item, _), token in zip(going, chosen, strict=True)]

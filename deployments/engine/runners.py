@@ -44,6 +44,9 @@ class Runners:
         """Also the spec, with the blocks that fit. Raises ModelNotServable.
 
         On a GPU through our kernel or FastGen; else through the compiled decoder where that can be, else through torch."""
+        import torch
+
+        torch.set_num_threads(spec.threads)
         if self.device.type == "cuda" and spec.rendezvous.pp > 1:
             raise ModelNotServable("stages are computed by CPUs only so far; use pp=1, or engine.device=cpu", param="pp")
         if spec.settings.runner == "fastgen":
@@ -77,7 +80,7 @@ class Runners:
         if spec.settings.native is False:
             return _checked(runner)
         try:
-            return decoder_of(
+            decoder = decoder_of(
                 runner,
                 num_blocks=spec.num_blocks,
                 max_positions=spec.model.max_model_len,
@@ -85,6 +88,8 @@ class Runners:
                 cache=spec.settings.cache,
                 ranks=self._ranks(),
             )
+            _leave_cores_to(decoder)
+            return decoder
         except NativeUnavailable as error:
             if spec.settings.native:
                 raise ModelNotServable(f"{spec.directory.name}: engine.native=true, but {error}") from error
@@ -144,6 +149,14 @@ def chooser(spec: ShardSpec) -> Choose | None:
     except NativeUnavailable as error:
         log.info("samples through torch", extra={"reason": str(error)})
         return None
+
+
+def _leave_cores_to(decoder: Decoder) -> None:
+    """What torch still does between steps (gathering rows, penalties, log probabilities) is too small for threads; its own would
+    spin for milliseconds after each, on the cores where the decoder's threads then wait for one another."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _checked(runner: Runner) -> Runner:

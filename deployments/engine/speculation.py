@@ -22,12 +22,17 @@ from deployments.engine.draft import SURE, Drafter, Experience
 from deployments.engine.forced import ForcedDrafter, Habit
 from deployments.engine.scheduler import Slice
 
-ENOUGH = 3
+ENOUGH = 5
 """Steps of a kind that must have been timed before their times count."""
 NEWEST = 16
-"""Steps of a kind that an estimate is made of at most."""
+"""Steps without guesses that an estimate is made of at most."""
+TRIED = 64
+"""Steps with guesses, likewise."""
 MEMORY = 1000
 """Steps after which a time is forgotten."""
+WELL_KNOWN = 4
+"""Guessed rows for each decoder after which a price is well known. One row among many decoders changes a step by less than chance
+does; the price that a few such steps tell is often far too high, and would end all guessing."""
 FREE_ROWS = 32
 """Rows whose arithmetic takes as long as reading the weights, until a price is measured: many, so that it will be."""
 CAUTION = 1.25
@@ -39,7 +44,7 @@ class Costs:
     """What steps with one certain number of decoders took lately."""
 
     plain: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=NEWEST))  # step, seconds
-    drafted: deque[tuple[int, int, float]] = field(default_factory=lambda: deque(maxlen=NEWEST))  # step, rows, price of each
+    drafted: deque[tuple[int, int, float]] = field(default_factory=lambda: deque(maxlen=TRIED))  # step, rows, price of each
 
     def forget(self, before: int) -> None:
         for times in (self.plain, self.drafted):
@@ -55,12 +60,15 @@ class Costs:
             self.drafted.append((step, rows, (seconds / baseline - 1) / rows))
 
     def price(self, decoders: int) -> float | None:
-        """Of one guessed row, in plain steps; None while too few plain ones are known. Medians: other work may slow any step."""
+        """Of one guessed row, in plain steps; None while too few plain ones are known. Medians: other work may slow any step.
+        As long as it isn't well known, the lower quartile: what looks dear by chance is tried again."""
         if len(self.plain) < ENOUGH:
             return None
         if len(self.drafted) < ENOUGH:
             return 1 / (decoders + FREE_ROWS)
-        return max(weighted_median([(price, rows) for _, rows, price in self.drafted]), 1e-3)
+        known = [(price, rows) for _, rows, price in self.drafted]
+        is_sure = len(known) == TRIED or sum(rows for _, rows in known) >= WELL_KNOWN * decoders
+        return max(weighted_quantile(known, 1 / 2 if is_sure else 1 / 4), 1e-3)
 
 
 class Speculation:
@@ -134,11 +142,11 @@ def best_lengths(chances: Items[float], limits: Items[int], price: float, decode
     return lengths
 
 
-def weighted_median(values: Items[tuple[float, int]]) -> float:
-    """Of `(value, weight)` pairs, the value at which half of the weight is reached."""
-    rest = sum(weight for _, weight in values) / 2
+def weighted_quantile(values: Items[tuple[float, int]], share: float) -> float:
+    """Of `(value, weight)` pairs, the value at which this share of the weight is reached."""
+    rest = sum(weight for _, weight in values) * share
     for value, weight in sorted(values):
         rest -= weight
         if rest <= 0:
             return value
-    raise ValueError("a median of nothing")
+    raise ValueError("a quantile of nothing")

@@ -233,3 +233,15 @@ def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch
     with pytest.raises(NativeUnavailable, match="no-such-flag"):
         library(tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_torch_leaves_the_cores_to_the_decoders_threads(directories: dict[str, Path]) -> None:
+    """Its own would spin on them after every small operation between two steps, and make a step several times longer."""
+    before, ours = torch.get_num_threads(), EngineSettings(kv_cache_bytes=1 << 22, threads=2, native=True)
+    try:
+        with LocalEngine(directories["llama"], settings=ours):
+            assert torch.get_num_threads() == 1
+        with LocalEngine(directories["llama"], settings=ours.model_copy(update={"native": False})):
+            assert torch.get_num_threads() == 2, "torch computes here"
+    finally:
+        torch.set_num_threads(before)
