@@ -143,9 +143,10 @@ def unescaped(said: str) -> str:
 
 
 def without(text: str, said: str) -> str:
-    """A caller's own word may be told back, as it is, as Python writes it, or as a path or query says it."""
+    """A caller's own word may be told back, as it is, as Python writes it, or as a path or query says it, whole or its beginning."""
     for own in (text, repr(text)[1:-1], unquote(text), repr(unquote(text))[1:-1]):
-        said = said.replace(own, "") if own else said
+        for told in (own, own[:64]):
+            said = said.replace(told, "") if told else said
     return said
 
 
