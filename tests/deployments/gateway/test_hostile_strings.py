@@ -143,7 +143,7 @@ def unescaped(said: str) -> str:
 
 
 def without(text: str, said: str) -> str:
-    """A caller's own word may be told back, as it is, as Python writes it, or as a path or query says it, whole or its beginning."""
+    """A caller's own word may be told back, as it is, as Python writes it, or as a path or query says it; its beginning too."""
     for own in (text, repr(text)[1:-1], unquote(text), repr(unquote(text))[1:-1]):
         for told in (own, own[:64]):
             said = said.replace(told, "") if told else said
