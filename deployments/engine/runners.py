@@ -46,7 +46,15 @@ class Runners:
         On a GPU through our kernel or FastGen; else through the compiled decoder where that can be, else through torch."""
         import torch
 
+        before = torch.get_num_threads()
         torch.set_num_threads(spec.threads)
+        try:
+            return self._load(spec)
+        except BaseException:
+            torch.set_num_threads(before)  # what ran before goes on
+            raise
+
+    def _load(self, spec: ShardSpec) -> tuple[AnyRunner, ShardSpec]:
         if self.device.type == "cuda" and spec.rendezvous.pp > 1:
             raise ModelNotServable("stages are computed by CPUs only so far; use pp=1, or engine.device=cpu", param="pp")
         if spec.settings.runner == "fastgen":
@@ -88,7 +96,7 @@ class Runners:
                 cache=spec.settings.cache,
                 ranks=self._ranks(),
             )
-            _leave_cores_to(decoder)
+            _leave_cores_to_decoder()
             return decoder
         except NativeUnavailable as error:
             if spec.settings.native:
@@ -151,7 +159,7 @@ def chooser(spec: ShardSpec) -> Choose | None:
         return None
 
 
-def _leave_cores_to(decoder: Decoder) -> None:
+def _leave_cores_to_decoder() -> None:
     """What torch still does between steps (gathering rows, penalties, log probabilities) is too small for threads; its own would
     spin for milliseconds after each, on the cores where the decoder's threads then wait for one another."""
     import torch

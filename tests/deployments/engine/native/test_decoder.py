@@ -23,6 +23,7 @@ from deployments.engine.native.decoder import PHASES, Decoder
 from deployments.engine.native.description import Description, describe
 from deployments.engine.native.proof import Disproved, Ranks, decoder_of
 from deployments.engine.runner import Runner, load_model
+from deployments.engine.runners import Runners
 from tests.deployments.engine.families import FAMILIES, VOCABULARY, build
 
 BLOCK, BLOCKS = 16, 32
@@ -235,12 +236,21 @@ def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
-def test_torch_leaves_the_cores_to_the_decoders_threads(directories: dict[str, Path]) -> None:
+def refuses(*_: Any) -> Runner:
+    raise ModelNotServable("these weights are not numbers")
+
+
+def test_torch_leaves_the_cores_to_the_decoders_threads(directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own would spin on them after every small operation between two steps, and make a step several times longer."""
     before, ours = torch.get_num_threads(), EngineSettings(kv_cache_bytes=1 << 22, threads=2, native=True)
     try:
-        with LocalEngine(directories["llama"], settings=ours):
+        with LocalEngine(directories["llama"], settings=ours) as engine:
             assert torch.get_num_threads() == 1
+            with monkeypatch.context() as broken:
+                broken.setattr(Runners, "_loaded", refuses)
+                with pytest.raises(ModelNotServable):
+                    engine.shard._held.swap(directories["llama"])
+            assert torch.get_num_threads() == 1, "it goes on"
         with LocalEngine(directories["llama"], settings=ours.model_copy(update={"native": False})):
             assert torch.get_num_threads() == 2, "torch computes here"
     finally:
