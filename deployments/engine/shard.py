@@ -35,7 +35,6 @@ class Shard:
         os.environ["OMP_NUM_THREADS"] = str(spec.threads)
         import torch
 
-        torch.set_num_threads(spec.threads)
         self.device = torch.device(choose(spec.settings.device, spec.gpu, visible_gpus))
         self.progress = progress or Progress()
         self.clock = StepClock()

@@ -132,7 +132,7 @@ class Decoder:
             return out
         assert self._handover, "a stage needs somebody to give hidden states to"
         self._handover.give(out)
-        return out[torch.from_numpy(rows)]
+        return out.index_select(0, torch.from_numpy(rows))
 
     def pack_adapter(self, part: AdapterPart) -> PackedAdapter:
         return PackedAdapter(self._products, part, self._library)
