@@ -2,6 +2,7 @@
 
 Whoever invites gets a token once and hands it over; nothing is mailed. Accepting it with a name makes the user, with the role and
 the projects that the invitation says. Stored is the token's SHA-256: it is 256 random bits, so there is nothing to guess.
+It is written in hexadecimal digits: in base 64 one of 64 would begin with a dash, as an option of `mmaas users accept` does.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Invites:
     def create(self, organization: str, email: str, role: str, within: Mapping[str, str] | None = None) -> tuple[Invite, str]:
         """Invite somebody; returns the token, too. `within`: roles by projects to come into. Raises InvalidRequest, and Conflict
         for an archived project or for who belongs to the organization already."""
-        address, token, now = users.checked_email(email), secrets.token_urlsafe(32), self._clock()
+        address, token, now = users.checked_email(email), secrets.token_hex(32), self._clock()
         if len(within or {}) > MAX_PROJECTS:
             raise InvalidRequest(f"At most {MAX_PROJECTS} projects.", param="projects")
         with acts.begin(self._store, self._note, organization) as rows:

@@ -201,6 +201,7 @@ def test_an_invitation_is_accepted_once_and_in_time(accounts: Accounts, clock: C
     later = accounts.projects.create(DEFAULT, "archived before").id
     invite, token = accounts.invites.create(DEFAULT, "Ada@example.org", "auditor", {DEFAULT: "developer", later: "owner"})
     accounts.projects.archive(DEFAULT, later)
+    assert len(bytes.fromhex(token)) == 32, "nothing that a command line takes for an option"
     for wrong in ("", token[:-1], token + "x"):
         with pytest.raises(NotFound):
             accounts.invites.accept(wrong, "Ada")
