@@ -10,7 +10,7 @@ DEV := $(VENV)/.dev-stamp
 LOCK := pyproject.toml constraints.txt
 PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: install up down status test test-slow check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak fuzz ledger-kills gateway-kills slow-streams bench-structured bench-stages bench-quantization bench-tools bench-embeddings bench-life bench-gateway bench-gpu clean help
+.PHONY: install up down status test test-slow check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak fuzz ledger-kills gateway-kills slow-streams bench-structured bench-sampling bench-stages bench-quantization bench-tools bench-embeddings bench-life bench-gateway bench-gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -74,6 +74,9 @@ bench-flatness: $(DEV)  ## time between tokens while a long prompt enters
 
 bench-structured: $(DEV)  ## what holding answers to a schema costs
 	$(BIN)/python -m bench.structured
+
+bench-sampling: $(DEV)  ## what each way to choose tokens costs
+	$(BIN)/python -m bench.sampling
 
 bench-step-profile: $(DEV)  ## where the time of a decode step goes
 	$(BIN)/python -m bench.step_profile

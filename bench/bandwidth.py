@@ -32,11 +32,24 @@ BYTES = 2  # of a number in bfloat16
 def measure(num_bytes: int, threads: int, *, rounds: int | None = None, tries: int = 5) -> float:
     """Bytes per second that `threads` threads read together from a buffer of that size (beyond the caches: of half a GiB), the best
     of some tries: whoever disturbs only takes away."""
-    words = np.ones(min(num_bytes, BEYOND_CACHES_BYTES) // 8, dtype=np.uint64)  # written, so that every page is there
+    reader = Reader(num_bytes, threads)
     rounds = rounds or max(1, BEYOND_CACHES_BYTES // num_bytes)
-    sink = ctypes.c_uint64()
-    read = _library().read_bandwidth
-    return max(read(words.ctypes.data, len(words), threads, rounds, ctypes.byref(sink)) for _ in range(tries))
+    return max(reader.read(rounds) for _ in range(tries))
+
+
+class Reader:
+    """A buffer that is read again and again by as many threads."""
+
+    def __init__(self, num_bytes: int, threads: int) -> None:
+        self._words = np.ones(min(num_bytes, BEYOND_CACHES_BYTES) // 8, dtype=np.uint64)  # written, so that every page is there
+        self._threads = threads
+        self._sink = ctypes.c_uint64()
+
+    def read(self, rounds: int = 1) -> float:
+        """Bytes per second now."""
+        words, sink = self._words, ctypes.byref(self._sink)
+        speed: float = _library().read_bandwidth(words.ctypes.data, len(words), self._threads, rounds, sink)
+        return speed
 
 
 @cache

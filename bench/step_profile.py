@@ -3,7 +3,8 @@
 Plain steps are timed at the seams: schedule, broadcast, model, deliver; sampling is timed again by itself, on the step's own
 logits. The model's time is then dealt out by torch's profiler, over steps of their own because it slows what it watches: what its
 operators leave of it is Python and dispatch. A runner that counts for itself is asked instead: its `profile()` gives the seconds
-since it was loaded, by name.
+since it was loaded, by name. Between the steps, a buffer of the weights' size is read by as many threads: who else uses the machine
+takes bandwidth from both alike, so that this share of the bound is the engine's own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from bench import models
+from bench.bandwidth import Reader, step_bytes, weight_bytes
 from bench.harness import Row, Table, versions, write
 from bench.parts import BROADCAST, PARTS, SAMPLING, Event, divide, sort_counters, sort_events
 from cluster.settings import EngineSettings
@@ -37,10 +39,14 @@ if TYPE_CHECKING:
     from deployments.engine.shard import Shard
 
 
+READ_EVERY = 5
+"""Steps. The one behind a reading finds nothing in the caches; the median doesn't know it."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Medians of a decode step's seconds, and of its parts. `slowed` is a watched step over a plain one, None where the runner
-    counts for itself; then `counters` are its own, in seconds per step."""
+    counts for itself; then `counters` are its own, in seconds per step. `bytes_per_s` was read between the steps."""
 
     model: str
     tp: int
@@ -49,6 +55,13 @@ class Measurement:
     parts: Mapping[str, float]
     slowed: float | None
     counters: Mapping[str, float]
+    bytes_per_s: float
+    step_bytes: int
+
+    @property
+    def of_bound(self) -> float:
+        """The share of the step that reading its bytes takes at least."""
+        return self.step_bytes / self.bytes_per_s / self.step_s
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -103,7 +116,7 @@ def measure(model: str, options: argparse.Namespace) -> list[Measurement]:
 
 def measure_steps(local: LocalEngine, model: str, running: int, options: argparse.Namespace) -> Measurement:
     watch, runner = Watch(local.shard), local.shard.runner
-    engine = Engine.of(watch.execute, local.shard.spec.num_blocks, local.shard.spec.settings, choose=local.shard.choose)
+    engine = Engine.of(watch.execute, local.shard.spec.num_blocks, local.shard.spec.settings, sampler=local.shard.sampler)
     for request in requests(running, options.context, models.MODELS[model]["vocab_size"]):
         engine.add(request)
     while engine.scheduler.waiting or any(sequence.in_prompt for sequence in engine.scheduler.running):
@@ -111,7 +124,12 @@ def measure_steps(local: LocalEngine, model: str, running: int, options: argpars
     for _ in range(3):
         engine.step()
     before = own_counters(runner)
-    plain = [plain_step(engine, watch) for _ in range(options.steps)]
+    spec = models.MODELS[model]
+    reader, speeds, plain = Reader(weight_bytes(spec), os.cpu_count() or 1), [], []
+    for number in range(options.steps):
+        if number % READ_EVERY == 0:
+            speeds.append(reader.read())
+        plain.append(plain_step(engine, watch))
     counters = {name: (total - before.get(name, 0.0)) / options.steps for name, total in own_counters(runner).items()}
     median = {part: statistics.median(step[part] for step in plain) for part in plain[0]}
     inside, slowed = sort_counters(counters), None
@@ -121,7 +139,9 @@ def measure_steps(local: LocalEngine, model: str, running: int, options: argpars
         inside = {part: statistics.median(step[part] for step in sorted_events) for part in sorted_events[0]}
         slowed = statistics.median(seconds for _, seconds in watched) / median["step"]
     parts = divide(median["model"], inside, median["outside"], median[SAMPLING], median[BROADCAST])
-    return Measurement(model, options.tp, running, median["step"], parts, slowed, counters)
+    length = options.context + options.steps / 2
+    read = statistics.median(speeds), step_bytes(spec, running, length)
+    return Measurement(model, options.tp, running, median["step"], parts, slowed, counters, *read)
 
 
 def requests(running: int, context: int, vocab_size: int) -> Iterator[Request]:
@@ -141,7 +161,7 @@ def own_counters(runner: object) -> dict[str, float]:
 
 def plain_step(engine: Engine, watch: Watch) -> dict[str, float]:
     """Seconds of one step and between its seams; `outside` is what surrounds model and broadcast."""
-    from deployments.engine.sampler import sample
+    from deployments.engine.sampler import READABLE, sample
 
     began = time.perf_counter()
     engine.step()
@@ -150,7 +170,7 @@ def plain_step(engine: Engine, watch: Watch) -> dict[str, float]:
     assert watch.logits is not None
     assert len(watch.logits) == len(sequences), "not every sequence decoded in this step"
     again = time.perf_counter()
-    sample(watch.logits, sequences)
+    sample(watch.logits, sequences, engine.sampler or READABLE)
     return {
         "step": ended - began,
         "model": watch.ran - watch.sent,
@@ -213,8 +233,9 @@ def table(measured: Sequence[Measurement]) -> Table:
     for m in measured:
         cells = [f"{m.parts[part] * 1e3:.2f} ({100 * m.parts[part] / m.step_s:.0f}%)" for part in parts]
         slowed = "-" if m.slowed is None else f"{m.slowed:.2f}"
-        lines.append([m.model, str(m.tp), str(m.running), f"{m.step_s * 1e3:.2f}", *cells, slowed])
-    columns = ["model", "tp", "sequences", "step", *parts, "watched / plain"]
+        bound = [f"{m.bytes_per_s / 1e9:.1f}", f"{100 * m.of_bound:.0f}%"]
+        lines.append([m.model, str(m.tp), str(m.running), f"{m.step_s * 1e3:.2f}", *cells, slowed, *bound])
+    columns = ["model", "tp", "sequences", "step", *parts, "watched / plain", "read between, GB/s", "of the bound"]
     return Table("Milliseconds of a decode step by part (medians; percent of the step), bfloat16", columns, lines)
 
 

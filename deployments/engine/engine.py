@@ -32,7 +32,7 @@ from deployments.engine.structured import Grammars
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deployments.engine.sampler import Choose, Sampled
+    from deployments.engine.sampler import Sampled, Sampler
     from deployments.engine.structured import Allowed, Matcher
 
 Execute = Callable[[Batch], "Tensor"]
@@ -120,7 +120,7 @@ class Engine:
     scheduler: Scheduler
     chunking: Chunking
     speculation: Speculation | None = None
-    choose: Choose | None = None  # None: the sampler's own
+    sampler: Sampler | None = None  # None: the readable one
     grammars: Grammars | None = None
     clock: Callable[[], float] = time.perf_counter
     launch: Launch = lambda batch: None
@@ -141,7 +141,7 @@ class Engine:
         num_blocks: int,
         settings: EngineSettings,
         *,
-        choose: Choose | None = None,
+        sampler: Sampler | None = None,
         grammars: Grammars | None = None,
         launch: Launch = lambda batch: None,
         depth: int = 1,
@@ -156,7 +156,7 @@ class Engine:
         )
         speculation = Speculation(settings.speculation) if settings.speculation else None
         chunking = Chunking(settings.max_batch_tokens, settings.step_target_ms / 1e3 / depth)  # who reads waits for all of them
-        return cls(execute, scheduler, chunking, speculation, choose, grammars, launch=launch)
+        return cls(execute, scheduler, chunking, speculation, sampler, grammars, launch=launch)
 
     @property
     def has_work(self) -> bool:
@@ -284,16 +284,15 @@ class Engine:
         with the sequence as it would be without guessing, and the noise being a function of seed and place, gives that token."""
         if not slices:
             return []
-        from deployments.engine import sampler
+        from deployments.engine.sampler import READABLE, rows_of, sample
 
-        choose = self.choose or sampler.choose
         outputs = []
         rows = accumulate((1 + len(item.draft) for item in slices[:-1]), initial=0)
         going, place = [pair for pair in zip(slices, rows, strict=True) if pair[0].sequence in self.scheduler.running], 0
         while going:
-            wanted = logits if len(going) == len(logits) else sampler.rows_of(logits, [row + place for _, row in going])
+            wanted = logits if len(going) == len(logits) else rows_of(logits, [row + place for _, row in going])
             sequences = [item.sequence for item, _ in going]
-            chosen = sampler.sample(wanted, sequences, choose, self._allowed(sequences, wanted.shape[1]))
+            chosen = sample(wanted, sequences, self.sampler or READABLE, self._allowed(sequences, wanted.shape[1]))
             outputs += [self._take(item.sequence, token) for (item, _), token in zip(going, chosen, strict=True)]
             going = [(item, row) for item, row in going if self._goes_on(item, place)]
             place += 1

@@ -25,7 +25,7 @@ def lead(shard: Shard, path: str) -> None:
         shard.execute,
         shard.spec.num_blocks,
         shard.spec.settings,
-        choose=shard.choose,
+        sampler=shard.sampler,
         grammars=grammars,
         launch=shard.launch,
         depth=shard.depth,

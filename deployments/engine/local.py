@@ -95,7 +95,7 @@ class LocalEngine:
             self.shard.execute,
             spec.num_blocks,
             spec.settings,
-            choose=self.shard.choose,
+            sampler=self.shard.sampler,
             grammars=Grammars(spec.directory),
             launch=self.shard.launch,
             depth=self.shard.depth,

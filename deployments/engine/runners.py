@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from deployments.engine.native.decoder import Decoder
     from deployments.engine.native.proof import Ranks
     from deployments.engine.runner import Runner
-    from deployments.engine.sampler import Choose
+    from deployments.engine.sampler import Sampler
 
     AnyRunner = Runner | Decoder | StaticDecode | FastGen
 
@@ -145,7 +145,7 @@ class Runners:
             raise failure
 
 
-def chooser(spec: ShardSpec) -> Choose | None:
+def sampler(spec: ShardSpec) -> Sampler | None:
     """The compiled way from logits to tokens, where it can be had."""
     from deployments.engine.native.build import NativeUnavailable
     from deployments.engine.native.sampling import NativeSampler

@@ -9,7 +9,7 @@ allowed. Other rows don't notice.
 
 A draw takes the token at which the sum of the probabilities, in the order of the vocabulary, passes a number between 0 and 1. That
 number is a function of the sequence's seed and the token's place alone, so that neither batch-mates nor a preemption changes an
-answer. `choose` is the readable form of `native/sampling.cpp`, and serves where that can't be built.
+answer. `Readable` is the specification of `native/sampling.cpp`, and serves where that can't be built.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -45,15 +45,50 @@ ALL: Mapping[int, Allowed] = MappingProxyType({})
 _64_BITS = (1 << 64) - 1
 
 
-class Choose(Protocol):
-    """From `R x V` adjusted logits, one row for each sequence, to a token for each; NO_TOKEN where a row isn't finite or nothing
-    is left of it. `allowed` says, by row, which tokens may be chosen where not all may. May change `logits`."""
+class Sampler(Protocol):
+    """The three parts of a choice, over `R x V` logits in float32 on the CPU, one row for each of `sequences`."""
 
-    def __call__(self, logits: Tensor, sequences: Items[Sequence], allowed: Mapping[int, Allowed] = ALL) -> list[int]: ...
+    def adjust(self, logits: Tensor, sequences: Items[Sequence], rows: Items[int]) -> list[int]:
+        """Put penalties and bias on these rows of `logits`. Returns those that weren't finite before."""
+
+    def choose(self, logits: Tensor, sequences: Items[Sequence], allowed: Mapping[int, Allowed] = ALL) -> list[int]:
+        """From adjusted logits to a token for each row; NO_TOKEN where a row isn't finite or nothing is left of it. `allowed`
+        says, by row, which tokens may be chosen where not all may. May change `logits` in these rows."""
+
+    def report(self, logits: Tensor, wanted: Items[Wanted]) -> list[Sampled]:
+        """Log probabilities from the model's own logits."""
+
+
+class Wanted(NamedTuple):
+    """A row whose log probabilities are asked for, the token that it got, and how many of the most likely ones."""
+
+    row: int
+    token: int
+    best: int
+
+
+class Readable:
+    """The specification of every `Sampler`."""
+
+    def adjust(self, logits: Tensor, sequences: Items[Sequence], rows: Items[int]) -> list[int]:
+        poisoned = [row for row in rows if not logits[row].amax().isfinite()]
+        for row in rows:
+            logits[row] = adjust(logits[row], sequences[row])
+        return poisoned
+
+    def choose(self, logits: Tensor, sequences: Items[Sequence], allowed: Mapping[int, Allowed] = ALL) -> list[int]:
+        return choose(logits, sequences, allowed)
+
+    def report(self, logits: Tensor, wanted: Items[Wanted]) -> list[Sampled]:
+        logprobs = torch.log_softmax(rows_of(logits, [each.row for each in wanted]), -1)
+        return [_report(each, own) for each, own in zip(wanted, logprobs, strict=True)]
+
+
+READABLE = Readable()
 
 
 def choose(logits: Tensor, sequences: Items[Sequence], allowed: Mapping[int, Allowed] = ALL) -> list[int]:
-    """The specification of every `Choose`."""
+    """As `Sampler.choose` says."""
     forbid(logits, sequences, allowed)
     tokens = best(logits)
     draws = [row for row, s in enumerate(sequences) if tokens[row] != NO_TOKEN and s.sampling.temperature > 0]
@@ -64,12 +99,12 @@ def choose(logits: Tensor, sequences: Items[Sequence], allowed: Mapping[int, All
 
 
 def sample(
-    logits: Tensor, sequences: Items[Sequence], choose: Choose = choose, allowed: Mapping[int, Allowed] = ALL
+    logits: Tensor, sequences: Items[Sequence], sampler: Sampler = READABLE, allowed: Mapping[int, Allowed] = ALL
 ) -> list[Sampled]:
-    """`R x V` logits on any device, one row for each sequence. May change `logits`. `allowed`: see `Choose`."""
+    """`R x V` logits on any device, one row for each sequence. May change `logits`. `allowed`: see `Sampler`."""
     if logits.device.type == "cpu":
-        return sample_here(logits, sequences, choose, allowed)
-    return sample_there(logits, sequences, choose, allowed)
+        return sample_here(logits, sequences, sampler, allowed)
+    return sample_there(logits, sequences, sampler, allowed)
 
 
 def rows_of(logits: Tensor, rows: Items[int]) -> Tensor:
@@ -79,7 +114,7 @@ def rows_of(logits: Tensor, rows: Items[int]) -> Tensor:
 
 @torch.inference_mode()
 def sample_there(
-    logits: Tensor, sequences: Items[Sequence], choose: Choose = choose, allowed: Mapping[int, Allowed] = ALL
+    logits: Tensor, sequences: Items[Sequence], sampler: Sampler = READABLE, allowed: Mapping[int, Allowed] = ALL
 ) -> list[Sampled]:
     """Plain greedy rows on the device that has the logits, so that only their tokens come from it; the others come whole."""
     most, tokens = logits.max(-1)
@@ -90,32 +125,30 @@ def sample_there(
     if rows:
         wanted = rows_of(logits, rows).cpu()
         theirs = {place: allowed[row] for place, row in enumerate(rows) if row in allowed}
-        for row, sampled in zip(rows, sample_here(wanted, [sequences[row] for row in rows], choose, theirs), strict=True):
+        for row, sampled in zip(rows, sample_here(wanted, [sequences[row] for row in rows], sampler, theirs), strict=True):
             found[row] = sampled
     return found
 
 
 @torch.inference_mode()
 def sample_here(
-    logits: Tensor, sequences: Items[Sequence], choose: Choose = choose, allowed: Mapping[int, Allowed] = ALL
+    logits: Tensor, sequences: Items[Sequence], sampler: Sampler = READABLE, allowed: Mapping[int, Allowed] = ALL
 ) -> list[Sampled]:
     """The same on the CPU."""
-    reports = {row: s.sampling.logprobs for row, s in enumerate(sequences) if s.sampling.logprobs is not None}
-    raw = rows_of(logits, list(reports)).float() if reports else logits
+    logits = logits.float().contiguous()
+    counts = {row: s.sampling.logprobs for row, s in enumerate(sequences) if s.sampling.logprobs is not None}
     changed = [row for row, s in enumerate(sequences) if _is_adjusted(s.sampling) or bans_stop(s)]
-    poisoned = [row for row in changed if not logits[row].amax().isfinite()]
-    for row in changed:
-        logits[row] = adjust(logits[row], sequences[row])
-    tokens = choose(logits, sequences, allowed)
+    raw = logits.clone() if counts and (changed or allowed) else logits
+    poisoned = sampler.adjust(logits, sequences, changed) if changed else []
+    tokens = sampler.choose(logits, sequences, allowed)
     for row in poisoned:  # whatever is left of it
         tokens[row] = NO_TOKEN
-    if not reports:
-        return [Sampled(token) for token in tokens]
-    named = dict(zip(reports, torch.log_softmax(raw, -1), strict=True))
-    return [
-        _report(token, named[row], reports[row]) if row in reports and token != NO_TOKEN else Sampled(token)
-        for row, token in enumerate(tokens)
-    ]
+    found = [Sampled(token) for token in tokens]
+    wanted = [Wanted(row, tokens[row], count) for row, count in counts.items() if tokens[row] != NO_TOKEN]
+    if wanted:
+        for each, sampled in zip(wanted, sampler.report(raw, wanted), strict=True):
+            found[each.row] = sampled
+    return found
 
 
 def adjust(row: Tensor, sequence: Sequence) -> Tensor:
@@ -130,8 +163,9 @@ def adjust(row: Tensor, sequence: Sequence) -> Tensor:
     if output and (sampling.frequency_penalty or sampling.presence_penalty):
         tokens, counts = np.unique(output, return_counts=True)
         row[tokens] -= torch.from_numpy(counts * sampling.frequency_penalty + sampling.presence_penalty).float()
-    for token, bias in sampling.logit_bias:
-        row[token] += bias
+    if sampling.logit_bias:
+        biased, bias = zip(*sampling.logit_bias, strict=True)
+        row.index_add_(0, torch.tensor(biased), torch.tensor(bias))
     if bans_stop(sequence):
         row[list(sequence.stop_ids)] = -torch.inf
     return row
@@ -208,6 +242,6 @@ def bans_stop(sequence: Sequence) -> bool:
     return bool(sequence.stop_ids) and sequence.num_output < sequence.sampling.min_tokens
 
 
-def _report(token: int, logprobs: Tensor, count: int | None) -> Sampled:
-    values, tokens = logprobs.topk(min(count or 0, len(logprobs)))
-    return Sampled(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
+def _report(wanted: Wanted, logprobs: Tensor) -> Sampled:
+    values, tokens = logprobs.topk(min(wanted.best, len(logprobs)))
+    return Sampled(wanted.token, float(logprobs[wanted.token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))

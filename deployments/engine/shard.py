@@ -15,7 +15,7 @@ from deployments.engine.device import choose, visible_gpus
 from deployments.engine.held import Held
 from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, Look, Order, ReadAdapter, Sleep, Swap, Wake
 from deployments.engine.progress import Progress
-from deployments.engine.runners import Runners, chooser
+from deployments.engine.runners import Runners, sampler
 from deployments.engine.shard_spec import ShardSpec
 from deployments.engine.stepclock import Doing, StepClock
 
@@ -42,7 +42,7 @@ class Shard:
         self.handover = _handed(spec)
         self._launched = 0
         self._held = Held(spec, Runners(self.device, self.group, self.handover, self.progress))
-        self.choose = chooser(spec) if spec.rendezvous.rank == 0 else None
+        self.sampler = sampler(spec) if spec.rendezvous.rank == 0 else None
         self.clock.waits()
 
     @property

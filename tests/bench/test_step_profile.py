@@ -77,10 +77,11 @@ def test_the_table_leaves_out_parts_that_nobody_has() -> None:
         sampling_s=0.001,
         broadcast_s=0,
     )
-    m = Measurement("S", 1, 8, 0.010, parts, 1.25, {})
+    m = Measurement("S", 1, 8, 0.010, parts, 1.25, {}, bytes_per_s=50e9, step_bytes=250_000_000)
     shown = table([m])
     assert not {BROADCAST, REDUCE} & set(shown.columns)
     assert dict(zip(shown.columns, shown.lines[0], strict=True))[LINEAR] == "4.00 (40%)"
+    assert dict(zip(shown.columns, shown.lines[0], strict=True))["of the bound"] == "50%"
     assert rows([m])[0].ours == 10.0
 
 

@@ -1,5 +1,5 @@
 // A token of each row of logits: the largest, or a draw from what temperature, top-k, top-p and min-p leave of the softmax. Where a
-// row has a mask, of what it allows.
+// row has a mask, of what it allows. Before it, penalties and bias; beside it, log probabilities.
 //
 // `sampler.py` is the specification. No row is sorted: numbers fall into narrow buckets by their distance from the largest, and
 // only the bucket in which a limit lies is put in order.
@@ -21,6 +21,21 @@ struct Rule {
     int32_t top_k;  // 0: no limit
     const uint32_t* allowed;  // null: all; else column i is if bit i % 32 of word i / 32 is set
     int32_t relents;  // gives some allowed column even where all of them are -inf
+};
+
+// What penalties and bias a row gets. Repetition looks at all tokens, frequency and presence at those behind the prompt.
+struct Steering {
+    float repetition, frequency, presence;
+    int32_t num_prompt, num_tokens, num_biased, num_banned;
+    const int32_t* tokens;
+    const int32_t* biased;
+    const float* bias;
+    const int32_t* banned;
+};
+
+// A row whose log probabilities are asked for, its token, and how many of the best ones.
+struct Wanted {
+    int64_t row, token, count;
 };
 
 constexpr int64_t NOT_FINITE = -1;
@@ -218,19 +233,113 @@ class Row {
     }
 };
 
+// Of a row without a NaN or +inf: the log of a softmax, and its best columns, the first of equals before the others.
+class Ranking {
+  public:
+    void report(const float* logits, int64_t size, const Wanted& wanted, float* own, int64_t* columns, float* best) {
+        rank(logits, size, wanted.count);
+        const float least = float(log_of_sum(logits, size));
+        *own = logits[wanted.token] - least;
+        for (size_t place = 0; place < ranks_.size(); ++place) {
+            columns[place] = ranks_[place];
+            best[place] = logits[ranks_[place]] - least;
+        }
+    }
+
+  private:
+    std::vector<int64_t> ranks_;  // best first
+
+    // One pass, which looks at a column alone only where it is better than the last of the best so far.
+    void rank(const float* logits, int64_t size, int64_t count) {
+        ranks_.clear();
+        if (count == 0) return;
+        float least = -INFINITE;
+        int64_t i = 0;
+        for (; i + LANES <= size; i += LANES) {
+            if (int64_t(ranks_.size()) == count && !any(load<Floats>(logits + i) > splat(least))) continue;
+            for (int64_t column = i; column < i + LANES; ++column) least = insert(logits, column, count);
+        }
+        for (; i < size; ++i) least = insert(logits, i, count);
+    }
+
+    // Returns the last of the best.
+    float insert(const float* logits, int64_t column, int64_t count) {
+        if (int64_t(ranks_.size()) == count) {
+            if (!(logits[column] > logits[ranks_.back()])) return logits[ranks_.back()];
+            ranks_.pop_back();
+        }
+        auto after = std::upper_bound(ranks_.begin(), ranks_.end(), column, [&](int64_t a, int64_t b) { return logits[a] > logits[b]; });
+        ranks_.insert(after, column);
+        return logits[ranks_.back()];
+    }
+
+    static double log_of_sum(const float* logits, int64_t size) {
+        Floats highest = splat(-INFINITE);
+        float most = -INFINITE;
+        int64_t i = 0;
+        for (; i + LANES <= size; i += LANES) {
+            const Floats v = load<Floats>(logits + i);
+            highest = select(v > highest, v, highest);
+        }
+        for (; i < size; ++i) most = std::max(most, logits[i]);
+        most = std::max(most, largest(highest));
+        double total = 0;
+        for (int64_t from = 0; from < size; from += BLOCK) {
+            const int64_t to = std::min(from + BLOCK, size);
+            Floats part = {};
+            for (i = from; i + LANES <= to; i += LANES) part += exp(load<Floats>(logits + i) - most);
+            total += sum(part);
+            for (; i < to; ++i) total += std::exp(logits[i] - most);
+        }
+        return most + std::log(total);
+    }
+
+    static MMAAS_INLINE bool any(Ints mask) {
+        int32_t found = 0;
+        for (int lane = 0; lane < LANES; ++lane) found |= mask[lane];
+        return found != 0;
+    }
+};
+
 class Sampler {
   public:
-    explicit Sampler(int threads) : team_(threads), rows_(size_t(threads)) {}
+    explicit Sampler(int threads) : team_(threads), rows_(size_t(threads)), rankings_(size_t(threads)) {}
+
+    // Says whether the row was finite.
+    bool adjust(float* logits, int64_t size, const Steering& steering) {
+        const bool sound = is_sound(logits, size);
+        const int32_t* const end = steering.tokens + steering.num_tokens;
+        counts_.resize(size_t(size));  // zeros, between calls too
+        if (steering.repetition != 1)
+            each_once(steering.tokens, end, size, [&](int32_t token, int32_t) {
+                logits[token] = logits[token] > 0 ? logits[token] / steering.repetition : logits[token] * steering.repetition;
+            });
+        if (steering.frequency != 0 || steering.presence != 0)
+            each_once(std::min(steering.tokens + steering.num_prompt, end), end, size, [&](int32_t token, int32_t times) {
+                logits[token] -= float(double(times) * steering.frequency + steering.presence);
+            });
+        for (int32_t i = 0; i < steering.num_biased; ++i)
+            if (is_column(steering.biased[i], size)) logits[steering.biased[i]] += steering.bias[i];
+        for (int32_t i = 0; i < steering.num_banned; ++i)
+            if (is_column(steering.banned[i], size)) logits[steering.banned[i]] = -INFINITE;
+        return sound;
+    }
+
+    // `own`: one for each of `wanted`; `columns` and `best`: `most` for each.
+    void report(
+        const float* logits, int64_t size, int64_t num, int64_t most, const Wanted* wanted, float* own, int64_t* columns, float* best
+    ) {
+        auto one = [&](int rank, int64_t i) {
+            rankings_[size_t(rank)].report(
+                logits + wanted[i].row * size, size, wanted[i], own + i, columns + i * most, best + i * most
+            );
+        };
+        each_row(num, size, one);
+    }
 
     void choose(const float* logits, int64_t num_rows, int64_t size, const Rule* rules, int64_t* tokens) {
-        if (num_rows * size < SMALL || num_rows == 1) {
-            for (int64_t row = 0; row < num_rows; ++row) tokens[row] = rows_[0].choose(logits + row * size, size, rules[row]);
-            return;
-        }
-        team_.reset_pieces();
-        team_.run([&](int rank) {
-            for (int64_t row; (row = team_.next_piece()) < num_rows;)
-                tokens[row] = rows_[size_t(rank)].choose(logits + row * size, size, rules[row]);
+        each_row(num_rows, size, [&](int rank, int64_t row) {
+            tokens[row] = rows_[size_t(rank)].choose(logits + row * size, size, rules[row]);
         });
     }
 
@@ -238,6 +347,56 @@ class Sampler {
     static constexpr int64_t SMALL = 1 << 16;  // numbers that one thread is done with before others are awake
     Team team_;
     std::vector<Row> rows_;
+    std::vector<Ranking> rankings_;
+    std::vector<int32_t> counts_;  // by column, of the row that is adjusted
+
+    // No NaN, no +inf, and something above -inf.
+    static bool is_sound(const float* logits, int64_t size) {
+        Ints sound = ~Ints{}, alive = {};
+        int64_t i = 0;
+        for (; i + LANES <= size; i += LANES) {
+            const Floats v = load<Floats>(logits + i);
+            sound &= v < splat(INFINITE);
+            alive |= v > splat(-INFINITE);
+        }
+        for (; i < size; ++i) {
+            sound[0] &= -int32_t(logits[i] < INFINITE);
+            alive[0] |= -int32_t(logits[i] > -INFINITE);
+        }
+        bool all = true, some = false;
+        for (int lane = 0; lane < LANES; ++lane) {
+            all &= sound[lane] != 0;
+            some |= alive[lane] != 0;
+        }
+        return all && some;
+    }
+
+    static bool is_column(int32_t token, int64_t size) { return token >= 0 && token < size; }
+
+    // `change` with each different token and how often it is there.
+    template <class Change>
+    void each_once(const int32_t* begin, const int32_t* end, int64_t size, Change change) {
+        for (const int32_t* token = begin; token < end; ++token)
+            if (is_column(*token, size)) ++counts_[size_t(*token)];
+        for (const int32_t* token = begin; token < end; ++token) {
+            if (!is_column(*token, size) || !counts_[size_t(*token)]) continue;
+            change(*token, counts_[size_t(*token)]);
+            counts_[size_t(*token)] = 0;
+        }
+    }
+
+    // `work` with a thread's number and a row's; on one thread where waking others would take longer.
+    template <class Work>
+    void each_row(int64_t num_rows, int64_t size, Work work) {
+        if (num_rows * size < SMALL || num_rows == 1) {
+            for (int64_t row = 0; row < num_rows; ++row) work(0, row);
+            return;
+        }
+        team_.reset_pieces();
+        team_.run([&](int rank) {
+            for (int64_t row; (row = team_.next_piece()) < num_rows;) work(rank, row);
+        });
+    }
 };
 
 }  // namespace mmaas
@@ -248,6 +407,17 @@ void* mmaas_sampler_new(int32_t threads) { return new mmaas::Sampler(threads); }
 
 void mmaas_sampler_choose(void* sampler, const float* logits, int64_t num_rows, int64_t size, const mmaas::Rule* rules, int64_t* tokens) {
     static_cast<mmaas::Sampler*>(sampler)->choose(logits, num_rows, size, rules, tokens);
+}
+
+int32_t mmaas_sampler_adjust(void* sampler, float* logits, int64_t size, const mmaas::Steering* steering) {
+    return static_cast<mmaas::Sampler*>(sampler)->adjust(logits, size, *steering);
+}
+
+void mmaas_sampler_report(
+    void* sampler, const float* logits, int64_t size, int64_t num, int64_t most, const mmaas::Wanted* wanted, float* own, int64_t* columns,
+    float* best
+) {
+    static_cast<mmaas::Sampler*>(sampler)->report(logits, size, num, most, wanted, own, columns, best);
 }
 
 void mmaas_sampler_delete(void* sampler) { delete static_cast<mmaas::Sampler*>(sampler); }

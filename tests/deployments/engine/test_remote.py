@@ -38,7 +38,7 @@ class CountingShard:
     is_asleep: bool = False
     obeyed: list[object] = field(default_factory=list)
     refuses: bool = False
-    choose: None = None  # the engine's own
+    sampler: None = None  # the engine's own
     depth: int = 1
 
     def launch(self, batch: Batch) -> None: ...
