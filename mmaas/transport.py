@@ -73,7 +73,7 @@ class HandleTransport:
         self._api_key = api_key
 
     def send(self, operation: str, body: Mapping[str, Any]) -> Answers:
-        from deployments.router import platform_error
+        from deployments.handles import platform_error
 
         answer = self._call.remote(self._api_key, operation, dict(body))
         try:

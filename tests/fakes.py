@@ -38,7 +38,7 @@ from cluster.types import (
 from deployments.adapters import Adapters, Found
 from deployments.engine.engine import Output, Request
 from deployments.engine.tokenizer import Tokenizer
-from deployments.router import Facts
+from deployments.models import Facts
 from deployments.slots import Slots
 from deployments.tools.formats import find_format
 from mmaas.up import Platform

@@ -132,7 +132,17 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["cluster", "mmaas", "deployments.gateway", "deployments.fleet", "deployments.router", "pipelines"]
+    "package",
+    [
+        "cluster",
+        "mmaas",
+        "deployments.gateway",
+        "deployments.fleet",
+        "deployments.models",
+        "deployments.handles",
+        "deployments.router",
+        "pipelines",
+    ],
 )
 def test_light_layers_import_heavy_libraries_only_inside_functions(package: str) -> None:
     heavy = [

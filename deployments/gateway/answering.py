@@ -17,7 +17,7 @@ from deployments.gateway.openai.chat import ChatCall
 from deployments.gateway.openai.completions import CompletionCall
 from deployments.gateway.openai.progress import Collected
 from deployments.gateway.relay import Relay
-from deployments.router import Answers
+from deployments.models import Answers
 
 Part = Mapping[str, object]
 """One JSON object of a streamed answer."""

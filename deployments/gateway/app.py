@@ -37,7 +37,7 @@ from deployments.gateway.routes import entrance, takes
 from deployments.gateway.scopes import PUBLIC, ScopedRoute, public_paths, requires
 from deployments.gateway.telling import tell
 from deployments.gateway.tenancy import NONE, Tenancy
-from deployments.router import Models
+from deployments.models import Models
 
 router = APIRouter(route_class=ScopedRoute, responses={"default": {"model": ErrorResponse}})
 

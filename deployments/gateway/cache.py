@@ -22,7 +22,7 @@ from cluster.settings import GatewaySettings
 from cluster.types import Chunk, Encode, Encoded, Generate, Predict, Predicted
 from deployments.gateway.flight import Flight
 from deployments.gateway.kept import Kept
-from deployments.router import Answers, Models
+from deployments.models import Answers, Models
 
 Outcome = Literal["hit", "shared", "miss", "bypass"]
 Item = TypeVar("Item", Chunk, Encoded)

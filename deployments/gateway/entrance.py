@@ -11,7 +11,7 @@ from deployments.gateway.cache import Cache
 from deployments.gateway.guards import Gate
 from deployments.gateway.keys import Keys, Verify
 from deployments.gateway.tenancy import NONE, Tenancy
-from deployments.router import Models
+from deployments.models import Models
 
 KEEPALIVE_S = 15.0
 """Silence on a stream before a comment is sent; also how long an answer without a first token stays free to fail plainly."""

@@ -19,7 +19,8 @@ from deployments.gateway.app import build_app
 from deployments.gateway.chores import Chores
 from deployments.gateway.keys import Verify
 from deployments.gateway.tenancy import Tenancy
-from deployments.router import Models, ServeModels
+from deployments.models import Models
+from deployments.router import ServeModels
 
 APPLICATION = "gateway"
 DEPLOYMENT = "Gateway"
@@ -53,7 +54,7 @@ class Gateway:
         self._settings = settings
         models, verify, tenancy = parts(settings)
         self._app = build_app(models, verify, settings.gateway, tenancy=tenancy)
-        self._chores = Chores(tenancy.chores), Chores(tenancy.pulse)
+        self._chores = Chores(tenancy.chores)
         gc.collect()
         gc.freeze()  # the hundreds of thousands of objects of Ray and the routes live as long as we do: look at what is new alone
 
@@ -69,7 +70,7 @@ class Gateway:
 
     def __del__(self) -> None:
         """Called by Serve when the replica has drained: what waits is written."""
-        for chores in getattr(self, "_chores", ()):
+        if chores := getattr(self, "_chores", None):
             chores.close()
 
     async def check_health(self) -> None:

@@ -19,7 +19,7 @@ from deployments.gateway.entrance import Entrance
 from deployments.gateway.exchange import Exchange
 from deployments.gateway.openai import models
 from deployments.gateway.scopes import permit_model
-from deployments.router import Answers
+from deployments.models import Answers
 
 _OF_TASK: dict[str, Service] = {"embed": "embeddings", "rerank": "rerank", "classify": "classify"}
 

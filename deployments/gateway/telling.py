@@ -9,7 +9,7 @@ from starlette.requests import Request
 from cluster.errors import DeadlineExceeded
 from deployments.gateway import exchange
 from deployments.gateway.routes import entrance
-from deployments.router import Word
+from deployments.models import Word
 
 ACTIONS: dict[Word, str] = {"sleep": "model.put_to_sleep", "wake": "model.woken"}
 

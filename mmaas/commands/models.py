@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from deployments.router import Word
+    from deployments.models import Word
 
 
 def add_to(app: typer.Typer) -> None:

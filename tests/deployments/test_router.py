@@ -1,4 +1,4 @@
-"""What failures of handle calls mean, and how the desired state is read. The calls themselves are in test_serve.py."""
+"""How the desired state is read, and what becomes of a call. Calls of real replicas are in test_serve.py."""
 
 from __future__ import annotations
 
@@ -7,49 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from grpc import StatusCode
-from grpc.aio import AioRpcError, Metadata
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError, TaskCancelledError
-from ray.serve._private.common import DeploymentID
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.exceptions import ActorDiedError
 
-from cluster.errors import ContextLengthExceeded, ModelNotFound, Overloaded, PlatformError, ReplicaLost, Unavailable
+from cluster.errors import ModelNotFound, Unavailable
 from cluster.types import Adapter, Chunk, Delta, Generate, Predict, Predicted, Usage
-from deployments.router import FACTS_S, Facts, ServeModels, platform_error, summed
+from deployments.models import Facts
+from deployments.router import FACTS_S, ServeModels, summed
 from tests.fakes import ECHO
-
-
-def raised(cause: Exception) -> Exception:
-    """As Ray raises it at the caller: an instance of both kinds."""
-    return RayTaskError("generate", "Traceback: /secret", cause).as_instanceof_cause()
-
-
-def test_a_platform_error_comes_back_as_it_was() -> None:
-    error = platform_error(raised(ContextLengthExceeded("9 > 8", param="messages")), "chat")
-    assert type(error) is ContextLengthExceeded
-    assert (error.message, error.param) == ("9 > 8", "messages")
-
-
-@pytest.mark.parametrize(
-    ("error", "kind", "retry"),
-    [
-        (BackPressureError(9, 8), Overloaded, 1.0),
-        (raised(BackPressureError(9, 8, retry_after_s=4.0)), Overloaded, 4.0),
-        (ActorDiedError(), ReplicaLost, 1.0),
-        (ActorUnavailableError("x", None), ReplicaLost, 1.0),
-        (DeploymentUnavailableError(DeploymentID("LLM", "model-chat")), Unavailable, 1.0),
-        (RayServeException("no application"), Unavailable, 1.0),
-        (TaskCancelledError(), Unavailable, 1.0),
-        (AioRpcError(StatusCode.CANCELLED, Metadata(), Metadata(), "10.0.0.1 secret"), ReplicaLost, 1.0),
-        (raised(ValueError("a bug")), PlatformError, None),
-        (ValueError("a bug"), PlatformError, None),
-    ],
-)
-def test_failures_become_ours(error: Exception, kind: type[PlatformError], retry: float | None) -> None:
-    ours = platform_error(error, "chat")
-    assert type(ours) is kind
-    assert ours.retry_after_s == retry
-    assert "secret" not in ours.message
 
 
 async def test_the_desired_state_is_read_once_a_second() -> None:
@@ -94,7 +58,7 @@ class Answering:
 
 def models_with(handle: Answering) -> ServeModels:
     models = ServeModels(lambda: [ECHO])
-    models._handles["echo"] = handle
+    models._handles._handles["echo"] = handle
     return models
 
 
@@ -113,7 +77,7 @@ async def test_nobody_waits_for_the_end_of_a_call_whose_last_chunk_has_come(erro
         texts = [chunk.deltas[0].text async for chunk in models.generate("echo", Generate("r", "t", prompt="x"))]
         assert (texts, answering.is_over) == (["a", "b"], False)
         answering.may_end.set()
-        await asyncio.gather(*models._ending)
+        await asyncio.gather(*models._handles._ending)
     assert answering.is_over
     assert not answering.cancelled
 
@@ -134,7 +98,7 @@ async def test_an_unknown_model_is_told_with_what_there_is() -> None:
 async def test_an_adapter_is_asked_of_its_base_and_only_while_that_is_served() -> None:
     german, orphan = Adapter("echo", "german", "0" * 64), Adapter("gone", "german", "0" * 64)
     models = ServeModels(lambda: [ECHO], lambda: [german, orphan])
-    models._handles["echo"] = answering = Answering()
+    models._handles._handles["echo"] = answering = Answering()
     answering.may_end.set()
     assert await models.adapters() == [german]
     asked = Generate("r", "t", prompt="x")
@@ -163,7 +127,7 @@ async def test_facts_are_a_second_old_asked_beside_the_calls_and_of_nobody_when_
     now, telling = [0.0], Telling()
     german = Adapter("echo", "german", "a" * 64)
     models = ServeModels(lambda: [ECHO], lambda: [german], clock=lambda: now[0])
-    models._handles["echo"] = telling
+    models._handles._handles["echo"] = telling
     assert await asyncio.gather(*(models.facts("echo") for _ in range(9))) == [Facts("v1", 256)] * 9
     assert await models.facts("echo:german") == Facts(f"v1:{german.address}", 256)
     assert telling.times == 1
@@ -208,7 +172,7 @@ class Tensors:
 
 async def test_a_model_of_tensors_is_asked_and_tells_of_itself() -> None:
     models = ServeModels(lambda: [ECHO])
-    models._handles["echo"] = telling = Tensors(library_version="7", asleep=True)
+    models._handles._handles["echo"] = telling = Tensors(library_version="7", asleep=True)
     asked = Predict("r", "t", ())
     assert (await models.predict("echo", asked)).rows == 3
     assert telling.asked == [asked]

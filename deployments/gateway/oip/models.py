@@ -9,7 +9,7 @@ from typing import Any
 from cluster.errors import NotFound
 from cluster.types import Adapter, Deployment, ModelRef
 from deployments.gateway.openai.models import find
-from deployments.router import Models
+from deployments.models import Models
 
 EXTENSIONS = ["binary_tensor_data", "model_repository", "model_repository(unload_dependents)"]
 """Triton's names of what is beyond the specification."""

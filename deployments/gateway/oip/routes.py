@@ -20,7 +20,7 @@ from deployments.gateway.responses import json_response
 from deployments.gateway.routes import entrance, takes
 from deployments.gateway.scopes import PUBLIC, ScopedRoute, requires
 from deployments.gateway.telling import tell
-from deployments.router import Word
+from deployments.models import Word
 
 TAGS: list[Any] = ["open inference protocol"]
 MODEL, VERSION = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
