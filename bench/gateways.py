@@ -22,7 +22,7 @@ from typing import Any
 from cluster.errors import ModelNotFound, ModelNotSupported
 from cluster.settings import Settings
 from cluster.types import Adapter, Chunk, Delta, Deployment, Encode, Encoded, Generate, Predict, Predicted, Usage
-from deployments.router import Facts, Word
+from deployments.models import Facts, Word
 from tests.free_ports import free_port
 
 MODEL = Deployment(name="echo", model="models:/echo@champion", created_at=1_700_000_000.0)
@@ -144,11 +144,10 @@ def serve(settings: Settings, port: int, journal: Path | None) -> None:
     assert tenancy.accounts is not None
     models = RepeatingModels(Journal(journal) if journal else None)
     app = build_app(models, tenancy.accounts.keys.verify, settings.gateway, tenancy=tenancy)
-    chores = Chores(tenancy.chores), Chores(tenancy.pulse)
+    chores = Chores(tenancy.chores)
     config = uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, http=Wire, lifespan="off", backlog=2048)
     uvicorn.Server(config).run()
-    for each in chores:
-        each.close()
+    chores.close()
 
 
 @dataclass

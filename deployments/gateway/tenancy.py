@@ -44,7 +44,6 @@ class Tenancy:
     keeper: Keeper | None = None
     metering: Metering | None = None
     chores: tuple[Chore, ...] = ()
-    pulse: tuple[Chore, ...] = ()  # nothing may keep these waiting
 
     async def record(self, notes: Exchange, action: str, target: str) -> None:
         """Write down an act of the caller that lies outside of the store, after it was done."""
@@ -78,8 +77,10 @@ class Tenancy:
             Chore("old kept calls", 3600.0, keeper.expire),
         )
         if settings.mail.host is not None:
-            chores += (Chore("mails", 30.0, AlertMails(store, sender(settings.mail)).deliver),)
+            mails = AlertMails(store, sender(settings.mail))
+            chores += (Chore("mails", 30.0, mails.deliver, at_end=_leave, line="mails"),)  # its server may keep us waiting
         ledger = Ledger(store)
+        chores += (Chore("ledger", ledger.lease_s / 3, ledger.reap, line="ledger"),)  # late, we would count as dead
         return cls(
             accounts,
             limits_of(store, accounts, gateway),
@@ -89,7 +90,6 @@ class Tenancy:
             keeper,
             Metering(ledger),
             chores,
-            pulse=(Chore("ledger", ledger.lease_s / 3, ledger.reap),),
         )
 
 
@@ -101,3 +101,7 @@ def limits_of(store: Store, accounts: Accounts, settings: GatewaySettings) -> Li
     default = RateLimit("", requests=settings.requests_per_minute, tokens=settings.tokens_per_minute, streams=settings.streams)
     rules = KnownRules(stored(accounts.rate_limits, accounts.model_permissions, default))
     return CountedLimits(rules, Meters() if store.is_sqlite else Shares(StoredPools(store), settings.replicas))
+
+
+def _leave() -> None:
+    """For another time, or another gateway: it stands in the store."""

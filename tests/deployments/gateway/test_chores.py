@@ -38,6 +38,21 @@ def test_at_the_end_everything_is_done_once_more() -> None:
     assert len(turns) == 2
 
 
+def test_a_chore_that_hangs_keeps_only_its_own_line_waiting() -> None:
+    free, turns, enough = threading.Event(), [], threading.Event()
+
+    def beat() -> None:
+        turns.append(1)
+        if len(turns) >= 3:
+            enough.set()
+
+    chores = Chores([Chore("hangs", 0.001, lambda: free.wait(60), at_end=int, line="slow"), Chore("beat", 0.001, beat)])
+    assert enough.wait(20)
+    chores.close(seconds=0.05)
+    assert not free.is_set(), "nobody waited for it, not even the end"
+    free.set()
+
+
 def test_no_chores_need_no_thread() -> None:
     chores = Chores([])
     chores.close()
