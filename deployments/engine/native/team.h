@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "cores.h"
 #include "vector.h"
 
 namespace mmaas {
@@ -23,7 +24,7 @@ MMAAS_INLINE void relax() {
 
 class Team {
   public:
-    explicit Team(int size) : size_(size) {
+    explicit Team(int size) : size_(size), cores_(size) {
         for (int rank = 1; rank < size; ++rank) threads_.emplace_back([this, rank] { follow(rank); });
     }
 
@@ -40,6 +41,7 @@ class Team {
 
     // Every member calls `work(rank)`; returns when all have. Only one caller at a time.
     void run(const std::function<void(int)>& work) {
+        const Cores::Visit visit(cores_, 0);
         work_ = &work;
         start();
         work(0);
@@ -68,6 +70,7 @@ class Team {
     void start() { wake(started_); }
 
     void follow(int rank) {
+        cores_.take(rank);
         for (uint32_t seen = 0;; ++seen) {
             wait(started_, seen);
             if (work_ == nullptr) return;
@@ -92,6 +95,7 @@ class Team {
     }
 
     const int size_;
+    const Cores cores_;
     std::vector<std::thread> threads_;
     const std::function<void(int)>* work_ = nullptr;
     alignas(64) std::atomic<uint32_t> started_{0};

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -265,3 +268,26 @@ def test_a_row_of_nothing_but_minus_infinity_is_not_finite(compiled: NativeSampl
     logits = torch.full((2, 20), -math.inf)
     logits[0, 19] = 0.0
     assert compiled.adjust(logits, sequences(Sampling(), Sampling()), [0, 1]) == [1]
+
+
+def bound_threads() -> Counter[tuple[int, ...]]:
+    """Of this process's threads that may not run on all of its cores, where they may."""
+    found: Counter[tuple[int, ...]] = Counter()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):
+            found[tuple(sorted(os.sched_getaffinity(int(task.name))))] += 1
+    del found[tuple(sorted(os.sched_getaffinity(0)))]
+    return found
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_threads_have_a_core_each_where_there_are_as_many(cache: Path) -> None:
+    own, before = os.sched_getaffinity(0), bound_threads()
+    sampler = NativeSampler(cache, threads=len(own))
+    sampler.choose(torch.randn(64, 3000), sequences(*[Sampling(temperature=1.0)] * 64))
+    assert os.sched_getaffinity(0) == own, "the caller's thread is bound for the call alone"
+    assert bound_threads() - before == Counter((core,) for core in sorted(own)[1:])
+    del sampler
+    unbound = NativeSampler(cache, threads=len(own) + 1)
+    unbound.choose(torch.randn(64, 3000), sequences(*[Sampling(temperature=1.0)] * 64))
+    assert bound_threads() == before
