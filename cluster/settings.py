@@ -137,7 +137,8 @@ class EngineSettings(_Section):
     start_deadline_s: float = Field(default=600.0, gt=0)
     """Longest time for a group to load its model."""
     threads: int | None = Field(default=None, ge=1)
-    """Compute threads of one rank; None: the machine's cores over the ranks on it."""
+    """Compute threads of one rank; None: the machine's cores over the ranks on it. Where they are as many as the cores that its
+    process may use, each is bound to one."""
     cpus_per_shard: float = Field(default=0.5, ge=0)
     """Logical CPUs that one shard reserves in Ray: below one, so that serving and training fit side by side on a small machine."""
     shared_memory: bool = True
