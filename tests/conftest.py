@@ -1,11 +1,20 @@
-"""How the suite is dealt out when it runs in several processes (`pytest -n`): by file, so that fixtures are made once."""
+"""How the suite is dealt out when it runs in several processes (`pytest -n`): by file, so that fixtures are made once. And what the
+programs that it starts must not inherit."""
 
 from __future__ import annotations
+
+import signal
 
 import pytest
 
 ALONE = {"tests/e2e": "platform", "tests/e2e/clients": "platform"}
 """Folders whose files share what a session starts, and so a process."""
+
+
+def pytest_configure() -> None:
+    """A shell that runs us in the background has us ignore Ctrl-C, and so would all that we start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist names the tests

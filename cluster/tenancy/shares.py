@@ -172,7 +172,7 @@ class Shares:
             async with asyncio.timeout(PATIENCE_S):
                 await asyncio.shield(self._round())
         except TimeoutError:
-            raise Unavailable("The limits of this project can't be checked now.", retry_after_s=1.0) from None
+            raise _unavailable() from None
         finally:
             for share, units in shares:
                 share.waiting.remove(units)
@@ -210,7 +210,7 @@ class Shares:
             if isinstance(error, PlatformError):
                 raise
             logger.warning("limits can't be shared", extra={"reason": str(error)})
-            raise Unavailable("The limits of this project can't be checked now.", retry_after_s=1.0) from error
+            raise _unavailable() from error
         for share, ask, answer in zip(shares, asks, answers, strict=True):
             self._take(share, ask, answer)
 
@@ -250,3 +250,7 @@ def _seen(coming: asyncio.Task[None]) -> None:
     """A failure was logged where it happened, and raised to whoever waits."""
     if not coming.cancelled():
         coming.exception()
+
+
+def _unavailable() -> Unavailable:
+    return Unavailable("The limits of this project can't be checked now.", retry_after_s=1.0, code="limits_unavailable")

@@ -165,8 +165,8 @@ async def flood(place: Place, gateways: Gateways, seconds: float) -> tuple[int, 
         url = f"{gateways[number % len(gateways)].url}/v1/chat/completions"
         while time.monotonic() - start < seconds:
             answer = await client.post(url, json=asked, headers={"Authorization": f"Bearer {place.keys[project]}"})
-            assert answer.status_code in (200, 429), answer.text
-            if answer.status_code == 429:
+            if answer.status_code != 200:  # 503: nobody is let in on a guess while the database is too slow to tell
+                assert answer.status_code == 429 or answer.json()["error"]["code"] == "limits_unavailable", answer.text
                 assert 0 < float(answer.headers["retry-after"]) <= 120
                 await asyncio.sleep(0.05)
             elif project:
