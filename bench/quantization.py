@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import random
 import shlex
 import statistics
 import sys
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from bench import learned, models
 from bench.engines import Engine, Running, engines
 from bench.harness import Row, Table, compare, versions, write
+from bench.prompts import random_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,9 +84,7 @@ class Work:
     output_tokens: int = 128
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
-        numbers = random.Random(self.concurrency)
-        count = self.concurrency * self.per_caller
-        return [[numbers.randrange(3, vocab_size) for _ in range(self.prompt_tokens)] for _ in range(count)]
+        return random_prompts(self.concurrency, self.concurrency * self.per_caller, self.prompt_tokens, vocab_size)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

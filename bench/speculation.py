@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import shlex
 import statistics
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 from bench import models
 from bench.harness import Row, Table, compare, versions, write
+from bench.prompts import random_prompts
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.engine import Stats
@@ -40,9 +40,7 @@ class Work:
     output_tokens: int = 256
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
-        numbers = random.Random(self.concurrency)
-        count = self.concurrency * self.per_caller
-        return [[numbers.randrange(3, vocab_size) for _ in range(self.prompt_tokens)] for _ in range(count)]
+        return random_prompts(self.concurrency, self.concurrency * self.per_caller, self.prompt_tokens, vocab_size)
 
     @property
     def sampling(self) -> Sampling:

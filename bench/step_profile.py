@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import shlex
 import statistics
 import sys
@@ -27,6 +26,7 @@ from bench import models
 from bench.bandwidth import Reader, step_bytes, weight_bytes
 from bench.harness import Row, Table, versions, write
 from bench.parts import BROADCAST, PARTS, SAMPLING, Event, divide, sort_counters, sort_events
+from bench.prompts import random_prompts
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.batch import Batch
@@ -146,10 +146,8 @@ def measure_steps(local: LocalEngine, model: str, running: int, options: argpars
 
 def requests(running: int, context: int, vocab_size: int) -> Iterator[Request]:
     """Greedy ones that don't end, with random prompts."""
-    numbers = random.Random(0)
     sampling = Sampling(temperature=0.0, ignore_eos=True)
-    for number in range(running):
-        prompt = [numbers.randrange(3, vocab_size) for _ in range(context)]
+    for number, prompt in enumerate(random_prompts(0, running, context, vocab_size)):
         yield Request(number, prompt, sampling, max_tokens=1024, stop_ids=[], seed=0)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shlex
 import statistics
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 
 from bench import models
 from bench.harness import Row, Spread, Table, compare, versions, write
+from bench.prompts import random_prompts
 from cluster.settings import EngineSettings
 from cluster.types import Constraint, Sampling
 from deployments.engine.local import LocalEngine
@@ -75,9 +75,7 @@ class Work:
     output_tokens: int = 192
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
-        numbers = random.Random(self.concurrency)
-        count = self.concurrency * self.per_caller
-        return [[numbers.randrange(3, vocab_size) for _ in range(self.prompt_tokens)] for _ in range(count)]
+        return random_prompts(self.concurrency, self.concurrency * self.per_caller, self.prompt_tokens, vocab_size)
 
     def sampling(self, way: str) -> Sampling:
         constraint = None if way == "free" else Constraint("json_schema", json.dumps(ENDLESS))

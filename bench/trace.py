@@ -10,6 +10,8 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
+from bench.prompts import random_tokens
+
 CONVERSATIONS = Path(__file__).parent / "data" / "azure_llm_2023_conv.csv"
 
 
@@ -22,8 +24,7 @@ class Arrival:
     output_tokens: int
 
     def prompt(self, numbers: random.Random, vocab_size: int) -> list[int]:
-        """Random tokens, but for the first three, which are special."""
-        return [numbers.randrange(3, vocab_size) for _ in range(self.prompt_tokens)]
+        return random_tokens(numbers, self.prompt_tokens, vocab_size)
 
 
 def read(path: Path = CONVERSATIONS, *, shorter: int = 1) -> list[Arrival]:
