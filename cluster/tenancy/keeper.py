@@ -117,8 +117,9 @@ class Keeper:
                 redact = self._redactions[consent.redaction]
                 told, said = redacted(told, redact), redacted(said, redact)
             return replace(call, input=_json(told), output=_json(said))
-        except Exception:
-            logger.warning("a call could not be redacted and is not kept", extra={"request_id": call.request_id})
+        except Exception as error:  # whatever a redaction raises: its message may quote what it should have hidden
+            reason = type(error).__name__
+            logger.warning("a call could not be redacted and is not kept", extra={"request_id": call.request_id, "reason": reason})
             drop("unreadable")
             return None
 

@@ -216,8 +216,9 @@ def test_a_database_that_fails_is_said_and_nothing_is_lost() -> None:
     async def walk() -> None:
         cluster, want = Cluster(), Want("requests", "requests:a/*/*", 100)
         cluster.pools.error = OSError("away")
-        with pytest.raises(Unavailable):
+        with pytest.raises(Unavailable) as refusal:
             await cluster.call(0, want)
+        assert refusal.value.public_code == "limits_unavailable"
         cluster.pools.error = None
         assert sum([await cluster.call(0, want) for _ in range(100)]) == 100 - 3 * (25 // 3)
         await cluster.close()
