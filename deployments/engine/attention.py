@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from deployments.engine.batch import Batch
+from deployments.engine.finite import is_finite
 
 NAME = "mmaas_paged"
 CPU = torch.device("cpu")
@@ -230,7 +231,21 @@ def paged_attention(
         q, k, v = (x.transpose(0, 1)[None] for x in (queries[rows], k, v))  # 1 x heads x length x D
         bias = chunk.bias(sliding_window, q.dtype)
         output[rows] = _attend(q, k, v, bias, scale, softcap)[0].transpose(0, 1)
+        if not is_finite(output[rows]):
+            output[rows] = _attend_alone(q, k, v, sliding_window, scale, softcap)[0].transpose(0, 1)
     return output[None], None
+
+
+def _attend_alone(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, softcap: float | None) -> Tensor:
+    """As `_attend`, causal, row by row: what a row doesn't see isn't there, while a mask only gives it a weight of zero, which is
+    NaN times what isn't finite. So tokens that stand before such a number stay sound, and may be shared."""
+    rows, first = [], k.shape[2] - q.shape[2]
+    for row in range(q.shape[2]):
+        end = first + row + 1
+        seen = slice(max(0, end - window) if window is not None else 0, end)
+        bias = q.new_zeros(1, seen.stop - seen.start)
+        rows.append(_attend(q[:, :, row : row + 1], k[:, :, seen], v[:, :, seen], bias, scale, softcap))
+    return torch.cat(rows, 2)
 
 
 def _read(pages: Tensor, table: Tensor, block_size: int) -> Tensor:

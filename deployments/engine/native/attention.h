@@ -111,11 +111,12 @@ float soften(float* scores, typename E::Value* weights, int64_t first, int64_t l
     return sum(total);
 }
 
-// out[r] = weights[r] . values over positions [first, last), divided by the row's total.
+// out[r] = weights[r] . values over positions [first, last), divided by the row's total. Says whether all of it is finite.
 template <class E, int ROWS>
-void mix(const typename E::Value* weights, int64_t weights_stride, const typename E::Value* values, const Pages& pages, int64_t head,
+bool mix(const typename E::Value* weights, int64_t weights_stride, const typename E::Value* values, const Pages& pages, int64_t head,
          int64_t first, int64_t last, const float* totals, typename E::Value* const* out) {
     constexpr int per = E::PER_LANE;
+    Floats doubt = {};  // stays zero: nothing but finite numbers are zero times themselves
     for (int64_t column = 0; column < pages.head_size; column += PANEL) {
         Sums<ROWS> sums = {};
         for (int64_t position = first; position < last;) {
@@ -131,7 +132,28 @@ void mix(const typename E::Value* weights, int64_t weights_stride, const typenam
             const float scale = 1.0f / totals[row];
             E::narrow(out[row] + column, sums[row][0] * scale);
             E::narrow(out[row] + column + LANES, sums[row][1] * scale);
+            doubt += (sums[row][0] + sums[row][1]) * 0.0f;
         }
+    }
+    return sum(doubt) == 0;
+}
+
+// The same for one row and no position but [from, to), number by number. A product over a tile multiplies what others of its rows
+// see by a weight of zero, which is NaN if that was not finite: then this is what keeps it from those who stand before it.
+template <class E>
+void mix_alone(const typename E::Value* weights, const typename E::Value* values, const Pages& pages, int64_t head, int64_t from,
+               int64_t to, float total, typename E::Value* out) {
+    constexpr int per = E::PER_LANE;
+    for (int64_t column = 0; column < pages.head_size; column += LANES) {
+        Floats sums = {};
+        for (int64_t position = from; position < to; ++position) {
+            const int64_t offset = position % pages.block_size;
+            const auto* row = values + pages.at(position / pages.block_size, head) + offset / per * pages.head_size * per + offset % per;
+            typename E::Value numbers[LANES], weight[LANES] = {weights[position - from]};
+            for (int i = 0; i < LANES; ++i) numbers[i] = row[(column + i) * per];
+            sums += E::widen(numbers) * E::widen(weight)[0];
+        }
+        E::narrow(out + column, sums * (1.0f / total));
     }
 }
 
@@ -164,7 +186,13 @@ void attend(const typename E::Value* queries, int64_t query_stride, const int64_
         totals[row] = soften<E>(scratch.scores.data() + row * stride, scratch.weights.data() + row * stride, first, last,
                                 start_of(positions[row]), positions[row] + 1, rule);
     const int64_t written = (*highest / E::PER_LANE + 1) * E::PER_LANE;
-    mix<E, ROWS>(scratch.weights.data(), stride, values, pages, head, first, written, totals, out);
+    const bool sound = mix<E, ROWS>(scratch.weights.data(), stride, values, pages, head, first, written, totals, out);
+    if (sound || *lowest == *highest) return;
+    for (int row = 0; row < ROWS; ++row) {
+        const int64_t from = start_of(positions[row]);
+        mix_alone<E>(scratch.weights.data() + row * stride + from - first, values, pages, head, from, positions[row] + 1, totals[row],
+                     out[row]);
+    }
 }
 
 }  // namespace mmaas

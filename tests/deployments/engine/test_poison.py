@@ -15,7 +15,7 @@ from cluster.errors import ModelNotServable
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine import finite
-from deployments.engine.engine import Engine
+from deployments.engine.engine import Engine, Request
 from deployments.engine.local import Generation, LocalEngine
 from deployments.engine.sampler import NO_TOKEN
 from tests.deployments.engine.arithmetic import VOCABULARY as COUNTED
@@ -45,7 +45,12 @@ def expected(directory: Path) -> list[list[int]]:
 
 def poison(shard: Any, token: int = POISON) -> None:
     runner = shard.runner
-    table = runner._model.embeddings if hasattr(runner, "_model") else runner.model.get_input_embeddings().weight
+    if hasattr(runner, "_model"):
+        table = runner._model.embeddings
+    else:
+        layer = runner.model.get_input_embeddings()
+        layer.weight = torch.nn.Parameter(layer.weight.clone(), requires_grad=False)  # of a tied model, only this end
+        table = layer.weight
     with torch.no_grad():
         table[token] = torch.nan
 
@@ -82,6 +87,27 @@ def test_sequence_that_samples_the_poison_keeps_what_it_said(directory: Path, ex
         ill, well = engine.generate([HEALTHY[2], HEALTHY[0]], GREEDY)
     assert (ill.token_ids, ill.finish_reason) == (said, "error")
     assert (well.token_ids, well.finish_reason) == (expected[0], "length")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("path", PATHS)
+def test_what_stands_before_the_poison_is_sound_for_those_who_share_it(tmp_path: Path, path: str, dtype: str, family: str) -> None:
+    """One step computes the beginning with the poison behind it, and the caller hangs up before any logits could tell."""
+    prompt = HEALTHY[2]
+    ill = [*prompt[:16], POISON, *range(60, 120)]
+    settings = SETTINGS.model_copy(update=PATHS[path])
+    with LocalEngine(build(family, tmp_path / family), settings=settings, dtype=dtype) as local:
+        before = local.generate([prompt], GREEDY)[0]
+        local.engine.scheduler.forget_all()
+        poison(local.shard)
+        local.engine.add(Request(77, ill, GREEDY, 12, [], 0))
+        assert local.engine.step() == []
+        local.engine.abort(77)
+        after = local.generate([prompt], GREEDY)[0]
+    assert after.cached_tokens >= 16, "the block in front of the poison was meant to be found"
+    assert after.finish_reason == "length"
+    assert dtype == "bfloat16" or after.token_ids == before.token_ids
 
 
 def failing(prefixes: set[int]) -> Any:
