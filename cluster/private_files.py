@@ -15,13 +15,19 @@ from cluster.errors import SettingsError
 
 
 def private_directory(path: Path) -> Path:
-    """Make `path` (and its parents) if missing, with mode 0700. Raises SettingsError when it belongs to somebody else."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Make `path` if missing, with mode 0700. Raises SettingsError when it belongs to somebody else."""
+    make_private(path)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise SettingsError(f"{path} is not a directory of user {os.getuid()}; remove it or choose another home")
     path.chmod(0o700)
     return path
+
+
+def make_private(path: Path) -> None:
+    """Make `path` with mode 0700 if it is missing. One that is there stays as its owner wants it: a library on a disk
+    that several machines share may well be open to a group."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def write_private(path: Path, data: bytes) -> None:

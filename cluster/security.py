@@ -210,7 +210,7 @@ def check_mlflow(door: Door) -> Check:
 
 def check_files(home: Path, temporary: Path) -> Check:
     """What other users of this machine could read or write."""
-    private = [home, temporary, *(home / name for name in ("secrets", "library", "mlflow", "logs", "run"))]
+    private = [home, temporary, *(home / name for name in ("secrets", "library", "runs", "mlflow", "logs", "run", "audit"))]
     files = [*(home / "secrets").glob("*"), home / "quickstart.json", home / "settings.yaml", home / "mmaas.db"]
     wrong = [f"{path} has mode {_mode(path):04o}" for path in private if path.exists() and _mode(path) & 0o077]
     wrong += [f"{path} has mode {_mode(path):04o}" for path in files if path.exists() and _mode(path) & 0o077 and _strict(path)]

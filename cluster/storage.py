@@ -24,6 +24,7 @@ from typing import IO
 
 from cluster.errors import InvalidRequest, NotFound, StorageError
 from cluster.manifest import File, Manifest, digest
+from cluster.private_files import make_private, private_directory
 from cluster.types import NAME
 
 
@@ -35,7 +36,8 @@ class Storage:
     """
 
     def __init__(self, uri: str | Path, cache: str | Path | None = None) -> None:
-        """`cache` is the folder that `fetch` copies remote files into (default: one for this user below the temporary folder)."""
+        """`cache` is the folder that `fetch` copies remote files into (default: one for this user below the temporary folder).
+        A local root that is missing is made so that only its user may enter it."""
         from pyarrow import fs
 
         text = str(uri) if "://" in str(uri) else str(Path(uri).absolute())
@@ -44,6 +46,8 @@ class Storage:
         self.is_local = self._fs.type_name == "local"
         self.uri = Path(self._root).as_uri() if self.is_local else text.rstrip("/")
         self._cache = Path(cache) if cache else Path(tempfile.gettempdir()) / f"mmaas-storage-{os.getuid()}"
+        if self.is_local:
+            make_private(Path(self._root))
         for folder in ("objects", "names", "staging"):
             self._fs.create_dir(self._path(folder), recursive=True)
 
@@ -88,7 +92,7 @@ class Storage:
         manifest = self.verify(name)
         if self.is_local:
             return Path(self._path(f"objects/{manifest.address}/files"))
-        target = self._cache / manifest.address
+        target = private_directory(self._cache) / manifest.address  # checked files stay as they are: no other user may swap one
         if not (target.is_dir() and Manifest.of(target) == manifest):
             self._download(manifest, target)
         return target

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import InvalidRequest, PlacementError, PlatformError, Unavailable
+from cluster.private_files import make_private
 from cluster.settings import TrainingSettings
 from cluster.storage import Storage
 from training.config import Recipe
@@ -62,7 +63,8 @@ class Run:
     @classmethod
     def new(cls, runs: Path, name: str) -> Run:
         run_id = f"{name}-{uuid.uuid4().hex[:12]}"
-        (runs / run_id).mkdir(parents=True)
+        make_private(runs)
+        (runs / run_id).mkdir()
         return cls(run_id, runs / run_id)
 
 

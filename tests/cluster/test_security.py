@@ -188,10 +188,13 @@ def test_mlflow_must_know_its_own_name_and_run_nothing() -> None:
         assert "jobs" in security.check_mlflow(mlflow).seen
 
 
-@pytest.mark.parametrize("opened", ["home", "home/secrets", "home/secrets/pepper", "home/quickstart.json", "temporary"])
+@pytest.mark.parametrize(
+    "opened",
+    ["home", "home/secrets", "home/secrets/pepper", "home/library", "home/runs", "home/audit", "home/quickstart.json", "temporary"],
+)
 def test_a_file_that_others_can_read_is_found(tmp_path: Path, opened: str) -> None:
     home, temporary = tmp_path / "home", tmp_path / "temporary"
-    for directory in (home, temporary):
+    for directory in (home, temporary, home / "library", home / "runs", home / "audit"):
         directory.mkdir(mode=0o700)
     assert Secrets(home).pepper
     (home / "quickstart.json").touch(mode=0o600)

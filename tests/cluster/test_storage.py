@@ -38,6 +38,24 @@ def test_fetch_gives_exactly_what_was_published(tmp_path: Path) -> None:
     assert storage.list() == ["chat"]
 
 
+def test_a_new_root_is_its_users_alone_and_one_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o770)
+    for root, mode in ((tmp_path / "own" / "root", 0o700), (shared, 0o770)):
+        Storage(root)
+        assert root.stat().st_mode & 0o777 == mode
+
+
+def test_a_cache_that_others_may_enter_is_closed_before_files_are_fetched_into_it(tmp_path: Path) -> None:
+    remote = Storage(f"mock://{tmp_path.name}/root", cache=tmp_path / "cache")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    remote.publish(folder(tmp_path / "in", NEW), "chat")
+    assert contents(remote.fetch("chat")) == NEW
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+
+
 def test_same_bytes_have_the_same_address_and_are_stored_once(tmp_path: Path) -> None:
     storage = Storage(tmp_path / "root")
     first = storage.publish(folder(tmp_path / "a", NEW), "one")
