@@ -23,7 +23,7 @@ import ray
 from ray import serve
 from ray.util import get_current_placement_group
 
-from cluster import ingress, raynode
+from cluster import ingress, priority, raynode
 from cluster import log as logs
 from cluster.errors import Conflict, ContextLengthExceeded, InvalidRequest, ModelNotSupported, Overloaded, Unavailable
 from cluster.settings import EngineSettings, Settings
@@ -69,6 +69,7 @@ class LLM:
         self, deployment: Deployment, edition: Edition, cache_secret: bytes, settings: Settings
     ) -> None:
         ingress.bind_inside()
+        priority.step_back()  # behind its ranks
         self._settings = settings
         self._edition = edition
         logs.configure(self._settings.log_level)

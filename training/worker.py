@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import priority
 from cluster.storage import Storage
 from training.checkpoint import Checkpoints
 from training.config import OptimisationConfig, Recipe
@@ -42,6 +43,7 @@ def train(job: Job) -> None:
     import torch
     from ray import train as ray_train
 
+    priority.step_back()  # behind what is served
     context = ray_train.get_context()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     rank, world = context.get_world_rank(), context.get_world_size()

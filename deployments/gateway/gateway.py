@@ -47,9 +47,10 @@ class Gateway:
     """One replica of the entrance."""
 
     def __init__(self, settings: Settings, parts: Parts = from_store) -> None:
-        from cluster import ingress, log
+        from cluster import ingress, log, priority
 
         ingress.bind_inside()
+        priority.step_back()
         log.configure(settings.log_level)
         self._settings = settings
         models, verify, tenancy = parts(settings)

@@ -51,6 +51,12 @@ def test_secrets_are_for_the_owner_alone(platform: RunningPlatform) -> None:
     assert stat.S_IMODE((home / "quickstart.json").stat().st_mode) == 0o600
 
 
+def test_doctor_finds_no_fault_in_what_up_has_made(platform: RunningPlatform) -> None:
+    checks = json.loads(platform.mmaas("doctor", "--security", "--json", check=False).stdout)
+    assert len(checks) > 10, "the gateway was knocked at, too"
+    assert [check for check in checks if check["status"] == "fail"] == []
+
+
 def test_status_tells_what_is_served(platform: RunningPlatform) -> None:
     found = json.loads(platform.mmaas("status", "--json").stdout)
     assert MODEL in json.dumps(found)
@@ -61,6 +67,13 @@ def test_everything_listens_on_loopback_alone(platform: RunningPlatform) -> None
     found = ports.listeners({process.pid for process in launch.family(platform.settings)})
     assert found
     assert [listener for listener in found if not listener.is_loopback] == []
+
+
+def test_ranks_go_before_what_is_around_them(platform: RunningPlatform) -> None:
+    family = {" ".join(process.cmdline()): process for process in launch.family(platform.settings)}
+    around = [process for title, process in family.items() if "ServeReplica:gateway" in title or ":LLM" in title]
+    assert len(around) >= 2, f"a gateway and a model's replica among {list(family)}"
+    assert max(process.nice() for process in platform.shards()) < min(process.nice() for process in around)
 
 
 def test_example_job_runs_under_ray_job_submit(platform: RunningPlatform) -> None:
