@@ -10,7 +10,7 @@ DEV := $(VENV)/.dev-stamp
 LOCK := pyproject.toml constraints.txt
 PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: install up down status test test-slow check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak fuzz ledger-kills gateway-kills slow-streams bench-structured bench-sampling bench-stages bench-quantization bench-tools bench-embeddings bench-life bench-gateway bench-gpu clean help
+.PHONY: install up down status test test-slow check lint fmt bench-engine bench-peers bench-step bench-first-token bench-speculation bench-goodput bench-priority bench-prefix bench-long-context bench-flatness bench-step-profile bench-lora soak fuzz ledger-kills gateway-kills slow-streams bench-structured bench-sampling bench-stages bench-quantization bench-tools bench-embeddings bench-life bench-gateway bench-gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -62,6 +62,9 @@ bench-speculation: $(DEV)  ## what guessing tokens by prompt lookup brings, and 
 
 bench-goodput: $(DEV)  ## requests answered in good time under a real load, beside vllm serve
 	$(BIN)/python -m bench.goodput
+
+bench-priority: $(DEV)  ## what it brings that gateways step back behind ranks (root)
+	$(BIN)/python -m bench.priority
 
 bench-prefix: $(DEV)  ## what the prefix cache gains where prompts begin alike
 	$(BIN)/python -m bench.prefix
