@@ -25,8 +25,9 @@ from bench.prompts import random_tokens
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.chunking import Chunking
-from deployments.engine.engine import Engine, Execute, Request
+from deployments.engine.engine import Engine, Execute
 from deployments.engine.local import LocalEngine
+from deployments.engine.messages import Request
 
 LONG = -1
 """The long prompt's request; the decoders' count from 0."""

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from bench.harness import HERE, Row, Table, compare, versions, write
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
-from deployments.engine.engine import Engine, Request
+from deployments.engine.engine import Engine
+from deployments.engine.messages import Request
 
 if TYPE_CHECKING:
     import torch

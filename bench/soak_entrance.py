@@ -18,8 +18,8 @@ from deployments.adapters import Adapters, Found
 from deployments.engine.adapter_files import base_shapes, inspect
 from deployments.engine.checkpoint import DTYPE_BYTES
 from deployments.engine.compiling import Compiling
-from deployments.engine.engine import Request
 from deployments.engine.local import LocalEngine
+from deployments.engine.messages import Request
 from deployments.engine.orders import ORDERS
 from deployments.slots import Slots
 

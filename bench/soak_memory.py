@@ -8,7 +8,7 @@ import time
 from collections import Counter
 
 from bench.engines import rss_bytes, tree
-from deployments.engine.engine import Request
+from deployments.engine.messages import Request
 from deployments.engine.sequence import Sequence
 from deployments.engine.structured import Matcher
 

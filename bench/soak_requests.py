@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from bench.soak_forms import Form, draw_call, draw_form
 from bench.soak_model import NUM_ADAPTERS
 from cluster.types import Sampling
-from deployments.engine.engine import Request
+from deployments.engine.messages import Request
 
 Leaves = Literal["while waiting", "in the prompt", "after the first token", "later", "one choice"]
 LEAVES: tuple[Leaves, ...] = get_args(Leaves)

@@ -16,7 +16,8 @@ from bench.soak_forms import Form
 from bench.soak_memory import retained
 from bench.soak_requests import NUM_KNOWN, Leaves, Plan
 from cluster.types import FinishReason
-from deployments.engine.engine import Engine, Output
+from deployments.engine.engine import Engine
+from deployments.engine.messages import Output
 from deployments.engine.tokenizer import Tokenizer
 
 IN_FLIGHT = 40

@@ -21,8 +21,8 @@ from bench.harness import Row, Table, compare, versions, write
 from bench.prompts import random_prompts
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
-from deployments.engine.engine import Stats
 from deployments.engine.local import LocalEngine
+from deployments.engine.messages import Stats
 from deployments.engine.speculation import Speculation
 
 TEXTS = {"loops": 0.0, "repeats itself": 0.04, "noise": 1.0}

@@ -29,7 +29,8 @@ from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.batch import Batch, Ints
 from deployments.engine.chunking import Chunking
-from deployments.engine.engine import Engine, Flight, Output, Request
+from deployments.engine.engine import Engine, Flight
+from deployments.engine.messages import Output, Request
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -30,8 +30,9 @@ from bench.prompts import random_prompts
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.batch import Batch
-from deployments.engine.engine import Engine, Request
+from deployments.engine.engine import Engine
 from deployments.engine.local import LocalEngine
+from deployments.engine.messages import Request
 
 if TYPE_CHECKING:
     from torch import Tensor

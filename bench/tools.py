@@ -24,8 +24,8 @@ from bench.harness import Row, Table, versions, write
 from cluster.settings import EngineSettings
 from cluster.types import Sampling, Tool, ToolChoice
 from deployments.answer import Answer
-from deployments.engine.engine import Output, Request
 from deployments.engine.local import LocalEngine
+from deployments.engine.messages import Output, Request
 from deployments.engine.tokenizer import Tokenizer
 from deployments.tools.formats import ToolFormat
 from deployments.tools.hermes import Hermes

@@ -19,7 +19,7 @@ from cluster.storage import Storage, name_of
 from cluster.types import Adapter
 from deployments.engine.adapter_files import base_shapes, inspect
 from deployments.engine.checkpoint import DTYPE_BYTES
-from deployments.engine.engine import AdapterUse
+from deployments.engine.messages import AdapterUse
 from deployments.engine.orders import ORDERS, AwaitAdapter, DropAdapter, InstallAdapter, ReadAdapter
 from deployments.slots import Place, Slots
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cluster.types import Chunk, Delta, TokenLogprob, TopLogprob, Usage
 from deployments.engine.detokenizer import Detokenizer
-from deployments.engine.engine import Output, Request
+from deployments.engine.messages import Output, Request
 from deployments.engine.sequence import NO_TOKEN
 from deployments.engine.tokenizer import Tokenizer
 from deployments.tools.spoken import Spoken

@@ -34,7 +34,7 @@ from deployments.answer import Answer
 from deployments.engine.checkpoint import ModelInfo, admit
 from deployments.engine.defaults import sampling_defaults
 from deployments.engine.device import bundle, reserved
-from deployments.engine.engine import Request
+from deployments.engine.messages import Request
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.shard_spec import ShardSpec, num_blocks
 from deployments.engine.tokenizer import Tokenizer

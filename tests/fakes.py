@@ -36,7 +36,7 @@ from cluster.types import (
     Usage,
 )
 from deployments.adapters import Adapters, Found
-from deployments.engine.engine import Output, Request
+from deployments.engine.messages import Output, Request
 from deployments.engine.tokenizer import Tokenizer
 from deployments.models import Facts
 from deployments.slots import Slots

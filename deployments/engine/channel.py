@@ -15,7 +15,7 @@ import threading
 
 import msgspec
 
-from deployments.engine.engine import Output, Request, Stats
+from deployments.engine.messages import Output, Request, Stats
 from deployments.engine.orders import ORDERS
 
 _LENGTH = struct.Struct("<I")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from deployments.engine.engine import Request
+from deployments.engine.messages import Request
 from deployments.engine.structured import Grammars
 
 if TYPE_CHECKING:

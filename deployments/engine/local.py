@@ -18,8 +18,9 @@ from cluster.types import FinishReason, Quantization, Sampling
 from deployments.engine.adapter_files import content_digest
 from deployments.engine.checkpoint import inspect
 from deployments.engine.device import multiplies, reserved, visible_gpus
-from deployments.engine.engine import AdapterUse, Engine, Output, Request
+from deployments.engine.engine import Engine
 from deployments.engine.lead import obey
+from deployments.engine.messages import AdapterUse, Output, Request
 from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, Order, ReadAdapter
 from deployments.engine.rendezvous import Rendezvous
 from deployments.engine.sequence import NO_TOKEN

@@ -15,7 +15,7 @@ from pathlib import Path
 from cluster.errors import Conflict, ModelNotServable, Overloaded, PlatformError, ReplicaLost, Unavailable
 from cluster.types import Priority
 from deployments.engine.channel import Abort, Add, Beat, Command, Do, Done, Tokens, frame, read_report
-from deployments.engine.engine import Output, Request, Stats
+from deployments.engine.messages import Output, Request, Stats
 from deployments.engine.orders import ORDERS
 from deployments.engine.pace import Gathered, slot_s
 

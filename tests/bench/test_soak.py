@@ -17,7 +17,8 @@ from bench.soak_requests import LEAVES, NUM_KNOWN, Plan, plans
 from bench.soak_run import IN_FLIGHT, Soak
 from bench.step import NoModel
 from cluster.types import Sampling
-from deployments.engine.engine import Engine, Output, Request
+from deployments.engine.engine import Engine
+from deployments.engine.messages import Output, Request
 
 VOCABULARY, WINDOW = 288, 256
 

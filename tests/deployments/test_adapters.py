@@ -16,9 +16,9 @@ from cluster.storage import Storage
 from cluster.types import Adapter, Sampling
 from deployments.adapters import Adapters, Found, finder
 from deployments.engine.checkpoint import inspect
-from deployments.engine.engine import AdapterUse, Request
 from deployments.engine.lead import lead
 from deployments.engine.local import LocalEngine
+from deployments.engine.messages import AdapterUse, Request
 from deployments.engine.orders import AwaitAdapter, DropAdapter, InstallAdapter, Order, ReadAdapter
 from deployments.engine.remote import RemoteEngine
 from deployments.engine.rendezvous import Rendezvous

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.types import Chunk, Sampling, Usage
 from deployments.answer import Answer
-from deployments.engine.engine import Output, Request
+from deployments.engine.messages import Output, Request
 from deployments.engine.tokenizer import Tokenizer
 from tests.deployments.engine.families import build_tokenizer
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from cluster.settings import EngineSettings
 from cluster.types import Deployment, Generate, Sampling
 from deployments.engine.checkpoint import ModelInfo
-from deployments.engine.engine import Request
+from deployments.engine.messages import Request
 from deployments.llm import LLM, bundles
 
 

@@ -14,8 +14,8 @@ import openai
 import pytest
 
 from cluster.settings import EngineSettings
-from deployments.engine.engine import Output, Request
 from deployments.engine.local import LocalEngine
+from deployments.engine.messages import Output, Request
 from tests.deployments.engine import families
 from tests.deployments.gateway.conftest import serving
 from tests.deployments.tools.chats import CHATS

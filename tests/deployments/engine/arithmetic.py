@@ -9,7 +9,7 @@ import torch
 
 from cluster.types import Sampling
 from deployments.engine.batch import Batch
-from deployments.engine.engine import Request
+from deployments.engine.messages import Request
 
 VOCABULARY = 300
 

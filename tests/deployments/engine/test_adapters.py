@@ -14,8 +14,8 @@ from cluster.errors import ModelNotServable
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.batch import Batch
-from deployments.engine.engine import AdapterUse
 from deployments.engine.local import LocalEngine
+from deployments.engine.messages import AdapterUse
 from tests.deployments.engine.adapter_ranks import Case, Report, run_on_two_ranks
 from tests.deployments.engine.families import build
 from tests.deployments.engine.guesses import Guesses

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
-from deployments.engine.engine import Engine, Request
+from deployments.engine.engine import Engine
 from deployments.engine.local import LocalEngine
+from deployments.engine.messages import Request
 from deployments.engine.sequence import Sequence
 from tests.deployments.engine import test_overlap as overlap
 from tests.deployments.engine.arithmetic import request

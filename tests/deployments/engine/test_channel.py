@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deployments.engine.channel import LeaderEnd, Tokens, read_report
-from deployments.engine.engine import Output
+from deployments.engine.messages import Output
 
 STEP = [Output(request, 0, 7) for request in range(1000)]
 

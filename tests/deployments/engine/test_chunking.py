@@ -12,7 +12,8 @@ from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.batch import Batch
 from deployments.engine.chunking import SMALLEST, Chunking
-from deployments.engine.engine import Engine, Request
+from deployments.engine.engine import Engine
+from deployments.engine.messages import Request
 
 torch = pytest.importorskip("torch")
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from cluster.settings import EngineSettings
 from deployments.engine.batch import Batch
-from deployments.engine.engine import Engine, Output, Request, choice_seed
+from deployments.engine.engine import Engine, choice_seed
+from deployments.engine.messages import Output, Request
 from tests.deployments.engine.arithmetic import Recall, count_up, request
 from tests.deployments.engine.guesses import Guesses
 

@@ -15,8 +15,9 @@ from cluster.errors import ModelNotServable
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine import finite
-from deployments.engine.engine import Engine, Request
+from deployments.engine.engine import Engine
 from deployments.engine.local import Generation, LocalEngine
+from deployments.engine.messages import Request
 from deployments.engine.sampler import NO_TOKEN
 from tests.deployments.engine.arithmetic import VOCABULARY as COUNTED
 from tests.deployments.engine.arithmetic import count_up, request

@@ -15,8 +15,8 @@ import pytest
 from cluster.errors import Conflict, Overloaded, PlatformError, ReplicaLost, Unavailable
 from cluster.settings import EngineSettings
 from deployments.engine.batch import Batch
-from deployments.engine.engine import Request
 from deployments.engine.lead import lead
+from deployments.engine.messages import Request
 from deployments.engine.orders import Look, Sleep, Swap, Wake
 from deployments.engine.remote import RemoteEngine
 from tests.deployments.engine.arithmetic import count_up, request

@@ -23,8 +23,9 @@ from cluster.settings import EngineSettings
 from cluster.types import Constraint, Sampling
 from deployments.engine import schemas
 from deployments.engine.batch import Batch
-from deployments.engine.engine import Engine, Output, Request
+from deployments.engine.engine import Engine
 from deployments.engine.local import LocalEngine
+from deployments.engine.messages import Output, Request
 from deployments.engine.sequence import NO_TOKEN
 from deployments.engine.structured import Grammars, unpacked
 from deployments.engine.tokenizer import Tokenizer

@@ -15,7 +15,8 @@ import pytest
 from cluster.types import Chunk, Constraint, Generate
 from deployments.admission import Admission
 from deployments.answer import Answer
-from deployments.engine.engine import Engine, Request
+from deployments.engine.engine import Engine
+from deployments.engine.messages import Request
 from tests.deployments.engine import texts
 from tests.deployments.engine.forms import HOSTILE_SCHEMAS, record
 from tests.deployments.engine.test_structured import Dice

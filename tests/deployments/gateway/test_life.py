@@ -12,7 +12,7 @@ import pytest
 
 from cluster.types import Delta, Sampling
 from deployments.answer import Answer
-from deployments.engine.engine import Output
+from deployments.engine.messages import Output
 from deployments.engine.sampler import NO_TOKEN
 from tests.deployments.engine.arithmetic import request as asked
 from tests.deployments.gateway.conftest import Server

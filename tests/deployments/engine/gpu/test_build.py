@@ -16,10 +16,11 @@ from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.attention import CPU
 from deployments.engine.checkpoint import inspect
-from deployments.engine.engine import Engine, Request
+from deployments.engine.engine import Engine
 from deployments.engine.gpu import build
 from deployments.engine.gpu.runner import DeviceRunner
 from deployments.engine.gpu.static import StaticDecode, uncaptured
+from deployments.engine.messages import Request
 from deployments.engine.progress import Progress
 from deployments.engine.quantization import FORMATS
 from deployments.engine.quantized_linear import quantize_model

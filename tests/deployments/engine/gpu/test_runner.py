@@ -14,10 +14,11 @@ import torch
 from cluster.settings import EngineSettings
 from cluster.types import Sampling
 from deployments.engine.attention import CPU, KvCache
-from deployments.engine.engine import Engine, Request
+from deployments.engine.engine import Engine
 from deployments.engine.gpu.inputs import pack, padded
 from deployments.engine.gpu.runner import DeviceRunner
 from deployments.engine.gpu.static import Body, StaticDecode, uncaptured, why_not
+from deployments.engine.messages import Request
 from deployments.engine.runner import Runner, load_model
 from tests.deployments.engine.families import VOCABULARY, build, reference
 from tests.deployments.engine.gpu.pages import BLOCK, batch, both
