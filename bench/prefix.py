@@ -1,6 +1,6 @@
 """What the prefix cache gains where prompts begin alike: `python -m bench.prefix`.
 
-Requests share a system prompt of 1,000 tokens and differ in the 32 after it; 32 tokens out, greedy. Our engine with its prefix
+Requests share a system prompt of 1,000 tokens (`--shared`) and differ in the 32 after it; 32 tokens out, greedy. Our engine with its prefix
 cache on and off, and peers with theirs on; each in its own process, one after the other. The cache has never seen the system prompt
 when the clock starts: the warm-up has another one.
 """
@@ -63,7 +63,7 @@ class Measurement:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = _arguments(argv)
-    work = Work(num_requests=options.requests)
+    work = Work(num_requests=options.requests, system_tokens=options.shared)
     measured: list[Measurement] = []
     found: dict[str, str] = {}
     left_out: dict[str, str] = {}
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             measured.append(measurement)
             found |= {package: number for package, number in versions.items() if package not in found}
             print(f"{engine.name}, {model}, cache {_on(prefix_cache)}: {measurement.tokens_per_s:.1f} tokens/s", file=sys.stderr)
-    shown = table(measured)
+    shown = table(measured, work)
     shown.show()
     if not options.dry_run:
         command = shlex.join(["python", "-m", "bench.prefix", *sys.argv[1:]])
@@ -136,7 +136,7 @@ def rows(measured: Sequence[Measurement]) -> list[Row]:
     return stated
 
 
-def table(measured: Sequence[Measurement]) -> Table:
+def table(measured: Sequence[Measurement], work: Work) -> Table:
     """Speed is also given relative to our engine without the cache, in the same run."""
     plain = {m.model: m.tokens_per_s for m in measured if m.ours and not m.prefix_cache}
     lines = []
@@ -147,7 +147,8 @@ def table(measured: Sequence[Measurement]) -> Table:
         lines.append([m.model, m.engine, _on(m.prefix_cache), f"{m.tokens_per_s:.0f}", gain, *times, hits])
     columns = ["model", "engine", "prefix cache", "tokens/s", "to ours, off", "first token p50, ms", "p95, ms", "hit ratio"]
     at_once = sorted({m.concurrency for m in measured})
-    return Table(f"Prompts that share 1,000 of 1,032 tokens, {', '.join(map(str, at_once))} at once, bfloat16", columns, lines)
+    alike = f"{work.system_tokens:,} of {work.system_tokens + work.question_tokens:,} tokens"
+    return Table(f"Prompts that share {alike}, {', '.join(map(str, at_once))} at once, bfloat16", columns, lines)
 
 
 def _on(prefix_cache: bool) -> str:
@@ -160,6 +161,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--requests", type=int, default=48, help="questions, each its own request")
+    parser.add_argument("--shared", type=int, default=1000, help="tokens that all prompts begin with")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dry-run", action="store_true", help="show the table and write nothing")
     return parser.parse_args(argv)

@@ -99,7 +99,6 @@ class Engine:
         return self.scheduler.has_work or bool(self._flights)
 
     def add(self, request: Request) -> None:
-        leader: Sequence | None = None
         salt, slot = request.prefix_salt, request.adapter.slot if request.adapter else 0
         sequences = self._requests[request.id] = []
         for index in range(request.sampling.n):
@@ -116,10 +115,8 @@ class Engine:
                 tenant=request.tenant,
                 adapter=slot,
                 priority=request.priority,
-                leader=leader,
                 matcher=self._matcher(request.sampling.constraint),
             )
-            leader = leader or sequence
             sequences.append(sequence)
             self.scheduler.add(sequence)
 

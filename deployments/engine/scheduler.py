@@ -20,6 +20,7 @@ Nothing starves:
 * Whoever waits in vain isn't charged, while those who are served are, and newcomers begin no lower. So after finitely many tokens
   of the others its flow is first in its class, and its class is first: from then on nothing enters before it, and nothing else
   than what has run longest can take its place away until it has computed a new token.
+* Who waits for another to compute what both want (`following.py`) does so once, and for one that runs.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from itertools import count
 from deployments.engine.blocks import BlockPool, chain
 from deployments.engine.fairness import PROMPT, batch_part, shares
 from deployments.engine.flows import Flow, Flows
+from deployments.engine.following import common, pays
 from deployments.engine.sequence import Sequence
 
 MAX_SHARES = 8
@@ -212,7 +214,7 @@ class Scheduler:
             if is_full and (flow in wanted or len(wanted) >= MAX_SHARES or not self.waiting.is_entitled(flow)):
                 continue
             for sequence in flow.waiting:
-                if not self._should_wait_for_leader(sequence):
+                if not self._should_follow(sequence):
                     return sequence, flow
         return None
 
@@ -239,9 +241,29 @@ class Scheduler:
                 given[flow] -= more
                 counts[sequence] += more
 
-    def _should_wait_for_leader(self, sequence: Sequence) -> bool:
-        leader = sequence.leader
-        return self.prefix_cache and leader is not None and bool(leader.blocks) and leader.in_prompt
+    def _should_follow(self, sequence: Sequence) -> bool:
+        """Whether to wait for one that computes most of what this one would, until the cache has it. Only for one in its life, and
+        that one has begun before: so nobody waits for ever."""
+        if not self.prefix_cache or sequence.has_followed:
+            return False
+        if sequence.leader is None:
+            sequence.leader, sequence.num_shared = self._leader(sequence)
+        if sequence.leader in self.running and sequence.leader.num_sealed < sequence.num_shared:
+            return True
+        sequence.has_followed = sequence.leader is not None
+        sequence.leader = None
+        return False
+
+    def _leader(self, sequence: Sequence) -> tuple[Sequence | None, int]:
+        """Whom to follow, and until how many of its blocks are in the cache."""
+        size = self.pool.block_size
+        for other in self.running:
+            if not other.in_prompt or (other.priority, sequence.priority) == ("batch", "interactive"):
+                continue
+            num_shared = common(self._digests(sequence, len(sequence.tokens) - 1), self._digests(other, len(other.tokens)))
+            if pays((num_shared - other.num_sealed) * size, len(sequence.tokens) - other.num_sealed * size):
+                return other, num_shared
+        return None, 0
 
     def _reuse_prefix(self, sequence: Sequence) -> None:
         """Start behind the blocks that are cached already. The last token is always computed: its logits are wanted."""
@@ -261,6 +283,13 @@ class Scheduler:
         while sequence.num_sealed < sequence.num_computed // self.pool.block_size:
             self.pool.seal(sequence.blocks[sequence.num_sealed], self._digest(sequence, sequence.num_sealed))
             sequence.num_sealed += 1
+
+    def _digests(self, sequence: Sequence, num_tokens: int) -> Items[bytes]:
+        """Of the full blocks among so many tokens."""
+        num_blocks = num_tokens // self.pool.block_size
+        for position in range(len(sequence.digests), num_blocks):
+            self._digest(sequence, position)
+        return sequence.digests[:num_blocks]
 
     def _digest(self, sequence: Sequence, position: int) -> bytes:
         """Of the full block at `position`; the ones before it are known already."""

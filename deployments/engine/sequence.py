@@ -39,7 +39,9 @@ class Sequence:
     priority: Priority = "interactive"
     arrival: int = 0  # its number in the scheduler
     is_guest: bool = False  # runs in a place that nobody with a better claim wanted
-    leader: Sequence | None = None  # the first choice of the same request: computes the prompt that the others share
+    leader: Sequence | None = None  # computes what this one waits for: its first `num_shared` blocks
+    num_shared: int = 0
+    has_followed: bool = False
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens that were found in the prefix cache
     num_paid: int = 0  # tokens that its tenant was charged for

@@ -64,5 +64,5 @@ def test_only_ours_with_the_cache_is_compared() -> None:
 
 def test_the_table_gives_speed_relative_to_ours_without_the_cache() -> None:
     some = [measured(OURS, 10, cache=False), measured(OURS, 60, cache=True), measured(OTHER, 30, cache=True)]
-    assert [line[4] for line in table(some).lines] == ["1.00", "6.00", "3.00"]
-    assert table(some[2:]).lines[0][4] == "-"
+    assert [line[4] for line in table(some, Work()).lines] == ["1.00", "6.00", "3.00"]
+    assert table(some[2:], Work()).lines[0][4] == "-"

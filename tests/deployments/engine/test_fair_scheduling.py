@@ -59,7 +59,8 @@ def test_no_step_leaves_work_undone_that_has_room(steps: list[list[tuple[str, Pr
             budget = sum(item.count for item in slices)
             head = next(iter(scheduler.waiting))
             no_room = scheduler.pool.blocks_for(len(head.tokens)) > scheduler.pool.num_available
-            assert len(slices) == 4 or budget == 12 or no_room, "a place is free, somebody waits"
+            follows = head.leader in scheduler.running  # and has its beginning computed for it
+            assert len(slices) == 4 or budget == 12 or no_room or follows, "a place is free, somebody waits"
         end(scheduler, slices)
         scheduler.check_integrity()
     assert scheduler.pool.num_used == 0

@@ -15,7 +15,7 @@ from deployments.engine.scheduler import Scheduler, Slice
 from deployments.engine.sequence import Sequence
 
 
-def make_sequence(prompt: list[int], max_tokens: int, *, leader: Sequence | None = None, salt: bytes = b"") -> Sequence:
+def make_sequence(prompt: list[int], max_tokens: int, *, salt: bytes = b"", priority: Priority = "interactive") -> Sequence:
     return Sequence(
         request_id=0,
         index=0,
@@ -26,7 +26,7 @@ def make_sequence(prompt: list[int], max_tokens: int, *, leader: Sequence | None
         stop_ids=frozenset(),
         seed=0,
         salt=salt,
-        leader=leader,
+        priority=priority,
     )
 
 
@@ -122,26 +122,94 @@ def test_prefix_of_another_salt_is_not_shared() -> None:
     assert (item.start, item.count) == (0, 12)
 
 
-def test_choices_of_one_request_share_the_prompt() -> None:
+def test_sequences_with_one_prompt_compute_it_once() -> None:
+    """Choices of a request, or requests that come together."""
     scheduler = make_scheduler(num_blocks=64)
-    leader = make_sequence(list(range(17)), 2)
-    others = [make_sequence(list(range(17)), 2, leader=leader) for _ in range(3)]
+    leader, *others = (make_sequence(list(range(17)), 2) for _ in range(4))
     for sequence in (leader, *others):
         scheduler.add(sequence)
     assert [item.sequence for item in advance(scheduler)] == [leader]
     assert [item.count for item in advance(scheduler)] == [1, 1, 1, 1]
 
 
-def test_choices_run_even_when_their_leader_was_aborted() -> None:
+def test_who_begins_as_another_waits_for_that_part_alone() -> None:
+    """Both ends are computed in one step."""
+    scheduler = make_scheduler(num_blocks=64, max_batch_tokens=16)
+    leader = make_sequence([*range(16), *range(100, 104)], 1)
+    follower = make_sequence([*range(16), *range(200, 208)], 1)
+    scheduler.add(leader)
+    scheduler.add(follower)
+    assert [(item.sequence, item.count) for item in advance(scheduler)] == [(leader, 16)]
+    assert {(item.sequence, item.start, item.count) for item in advance(scheduler)} == {(leader, 16, 4), (follower, 16, 8)}
+
+
+def test_who_comes_while_the_beginning_is_computed_waits_for_the_rest_of_it() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_batch_tokens=16)
+    leader = make_sequence(list(range(40)), 1)
+    scheduler.add(leader)
+    advance(scheduler)
+    follower = make_sequence([*range(40), 50], 1)
+    scheduler.add(follower)
+    assert [(item.sequence, item.count) for item in advance(scheduler)] == [(leader, 16)]
+    advance(scheduler)
+    [item] = advance(scheduler)
+    assert (item.sequence, item.start, item.count) == (follower, 40, 1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options"),
+    [
+        ([*range(8), *range(100, 120)], {}),  # most of it is its own
+        (list(range(20)), {"salt": b"another tenant's"}),
+        ([*range(3), 99, *range(4, 20)], {}),  # not from the beginning
+    ],
+)
+def test_others_enter_at_once(prompt: list[int], options: dict[str, bytes]) -> None:
+    scheduler = make_scheduler(num_blocks=64, max_batch_tokens=64)
+    scheduler.add(make_sequence(list(range(20)), 1))
+    scheduler.add(make_sequence(prompt, 1, **options))
+    assert len(advance(scheduler)) == 2
+
+
+def test_nobody_follows_where_there_is_no_prefix_cache() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_batch_tokens=64, prefix_cache=False)
+    for _ in range(2):
+        scheduler.add(make_sequence(list(range(20)), 1))
+    assert len(advance(scheduler)) == 2
+
+
+@pytest.mark.parametrize(("first", "second", "together"), [("batch", "interactive", True), ("interactive", "batch", False)])
+def test_interactive_does_not_wait_for_batch(first: Priority, second: Priority, together: bool) -> None:
+    scheduler = make_scheduler(num_blocks=64, max_batch_tokens=64)
+    scheduler.add(make_sequence(list(range(20)), 1, priority=first))
+    advancing = scheduler.schedule()
+    scheduler.launch(advancing)
+    scheduler.add(make_sequence(list(range(20)), 1, priority=second))
+    assert (len(scheduler.schedule()) == 1) == together
+
+
+def test_follower_runs_even_when_its_leader_was_aborted() -> None:
     scheduler = make_scheduler()
-    leader = make_sequence(list(range(9)), 2)
-    follower = make_sequence(list(range(9)), 2, leader=leader)
+    leader, follower = make_sequence(list(range(9)), 2), make_sequence(list(range(9)), 2)
     scheduler.add(leader)
     scheduler.add(follower)
     scheduler.schedule()
+    assert follower.leader is leader
     scheduler.finish(leader)
     run(scheduler)
     assert follower.num_output == 2
+    assert follower.leader is None, "a chain of leaders would stay in memory"
+
+
+def test_nobody_follows_twice() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_batch_tokens=64)
+    first, follower, second = (make_sequence(list(range(20)), 1) for _ in range(3))
+    scheduler.add(first)
+    scheduler.add(follower)
+    scheduler.schedule()
+    scheduler.finish(first)
+    scheduler.add(second)
+    assert [item.sequence for item in scheduler.schedule()] == [follower]
 
 
 def test_guesses_take_only_what_budget_and_blocks_leave() -> None:
@@ -234,11 +302,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.sampled_from(["interactive", "interactive", "batch"]),
     )
     def arrive(self, prompt: list[int], max_tokens: int, choices: int, tenant: bytes, priority: Priority) -> None:
-        leader = None
         for _ in range(choices):
-            sequence = make_sequence(prompt, max_tokens, leader=leader)
-            sequence.tenant, sequence.priority = tenant, priority
-            leader = leader or sequence
+            sequence = make_sequence(prompt, max_tokens, priority=priority)
+            sequence.tenant = tenant
             self.scheduler.add(sequence)
             self.alive.append(sequence)
             self.expected[id(sequence)] = list(prompt)
