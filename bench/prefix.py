@@ -1,8 +1,8 @@
 """What the prefix cache gains where prompts begin alike: `python -m bench.prefix`.
 
-Requests share a system prompt of 1,000 tokens (`--shared`) and differ in the 32 after it; 32 tokens out, greedy. Our engine with its
-prefix cache on and off, and peers with theirs on; each in its own process, one after the other. The cache has never seen the system
-prompt when the clock starts: the warm-up has another one.
+Requests share a system prompt of 1,000 tokens (`--shared`) and differ in the 32 after it; 32 tokens out, greedy. Our engine with
+its prefix cache on and off, and peers with theirs on; each in its own process, one after the other. The cache has never seen the
+system prompt when the clock starts: the warm-up has another one.
 """
 
 from __future__ import annotations
