@@ -14,9 +14,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import psutil
 
@@ -24,7 +22,7 @@ from bench import models, systems, trace
 from bench.goodput import OBJECTIVES, SHORTER, Measurement, send, summarise
 from bench.harness import Row, Table, write
 from bench.systems import Endpoint
-from cluster.priority import BEHIND
+from cluster.priority import BEHIND, put
 
 RAYS = 15
 """Niceness of Ray's workers."""
@@ -63,7 +61,8 @@ def turn(endpoint: Endpoint, model: str, rate: float, seconds: float) -> Turn:
     load = trace.at_rate(trace.read(shorter=SHORTER), rate, seconds)
 
     def measured(niceness: int) -> Measurement:
-        put(around(endpoint.processes()), niceness)
+        for process in around(endpoint.processes()):
+            put(process.pid, niceness)
         name = f"niceness {niceness}"
         return summarise(name, model, rate, load, send(endpoint, model, load), OBJECTIVES[model])
 
@@ -76,14 +75,6 @@ def around(family: Sequence[psutil.Process]) -> list[psutil.Process]:
     if len(found) < len(AROUND):
         raise RuntimeError(f"a gateway and a model's replica were looked for, {len(found)} processes were found")
     return found
-
-
-def put(processes: Sequence[psutil.Process], niceness: int) -> None:
-    """All of their threads: Linux keeps niceness by thread."""
-    for process in processes:
-        for task in Path(f"/proc/{process.pid}/task").iterdir():
-            with suppress(ProcessLookupError):  # one that has ended meanwhile
-                os.setpriority(os.PRIO_PROCESS, int(task.name), niceness)
 
 
 def table(turns: Sequence[Turn], model: str, rate: float) -> Table:

@@ -11,15 +11,21 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 BEHIND = 19
 """The highest niceness there is; nobody needs a privilege to go there."""
-TASKS = Path("/proc/self/task")
 
 
 def step_back() -> None:
-    """All threads of this process, and so those that they start. Linux keeps niceness by thread."""
-    threads = [int(task.name) for task in TASKS.iterdir()] if TASKS.exists() else [0]
+    """This process, for good: only root may come forward again."""
+    put("self", BEHIND)
+
+
+def put(process: int | Literal["self"], niceness: int) -> None:
+    """All threads of a process, and so those that they start: Linux keeps niceness by thread, others by process."""
+    tasks = Path(f"/proc/{process}/task")
+    threads = [int(task.name) for task in tasks.iterdir()] if tasks.exists() else [0 if process == "self" else process]
     for thread in threads:
         with suppress(ProcessLookupError):  # one that has ended meanwhile
-            os.setpriority(os.PRIO_PROCESS, thread, BEHIND)
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)

@@ -257,10 +257,12 @@ class Scheduler:
     def _leader(self, sequence: Sequence) -> tuple[Sequence | None, int]:
         """Whom to follow, and until how many of its blocks are in the cache."""
         size = self.pool.block_size
+        own: Items[bytes] | None = None
         for other in self.running:
             if not other.in_prompt or (other.priority, sequence.priority) == ("batch", "interactive"):
                 continue
-            num_shared = common(self._digests(sequence, len(sequence.tokens) - 1), self._digests(other, len(other.tokens)))
+            own = own or self._digests(sequence, len(sequence.tokens) - 1)  # not where nobody computes a prompt
+            num_shared = common(own, self._digests(other, len(other.tokens)))
             if pays((num_shared - other.num_sealed) * size, len(sequence.tokens) - other.num_sealed * size):
                 return other, num_shared
         return None, 0

@@ -41,7 +41,7 @@ class Sequence:
     is_guest: bool = False  # runs in a place that nobody with a better claim wanted
     leader: Sequence | None = None  # computes what this one waits for: its first `num_shared` blocks
     num_shared: int = 0
-    has_followed: bool = False
+    has_followed: bool = False  # has waited for a leader, and won't again
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens that were found in the prefix cache
     num_paid: int = 0  # tokens that its tenant was charged for

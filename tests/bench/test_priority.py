@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ import pytest
 
 from bench.goodput import Measurement
 from bench.harness import Spread
-from bench.priority import Turn, around, put, table
+from bench.priority import Turn, around, table
 
 
 def measured(goodput: float, first_s: float, token_s: float) -> Measurement:
@@ -40,9 +39,6 @@ def test_only_what_is_around_ranks_is_moved() -> None:
         assert around(family) == family[:2]
         with pytest.raises(RuntimeError, match="1 processes were found"):
             around(family[1:])
-        put(family[:2], 19)
-        own = os.getpriority(os.PRIO_PROCESS, 0)
-        assert [process.nice() for process in family] == [19, 19, own]
     finally:
         for process in started:
             process.communicate(b"")

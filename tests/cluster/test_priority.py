@@ -7,14 +7,15 @@ import os
 import subprocess
 import sys
 
-from cluster.priority import BEHIND
+from cluster.priority import BEHIND, put
 
 PROGRAM = """
 import json, os, threading
+from pathlib import Path
 from cluster import priority
 
 def niceness():
-    return sorted(os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in priority.TASKS.iterdir())
+    return sorted(os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in Path('/proc/self/task').iterdir())
 
 done = threading.Event()
 threading.Thread(target=done.wait).start()
@@ -33,3 +34,12 @@ def test_every_thread_steps_back_and_those_that_they_start() -> None:
     own = os.getpriority(os.PRIO_PROCESS, 0)
     assert before == [own, own]
     assert after == [BEHIND] * 3
+
+
+def test_another_process_is_put_where_it_is_wanted() -> None:
+    other = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    try:
+        put(other.pid, BEHIND)
+        assert os.getpriority(os.PRIO_PROCESS, other.pid) == BEHIND > os.getpriority(os.PRIO_PROCESS, 0)
+    finally:
+        other.communicate(b"")
